@@ -105,7 +105,7 @@ def forward(
     "Logits of `model` on the input columns of `batch`."
     return logits_of(model(**{name: batch[name] for name in INPUTS if name in batch}))
 
-# %% ../nbs/distillation.ipynb #0ae6deab
+# %% ../nbs/distillation.ipynb #6b8f0f33
 def encode(
     dataset:"datasets.Dataset", # rows with `text` (and `text_pair`), or already with `input_ids` or `pixel_values`
     model:nn.Module, # its `.tokenizer` is used when `tokenizer` is not given
@@ -117,9 +117,12 @@ def encode(
     tokenizer = tokenizer or getattr(model, "tokenizer", None)
     if tokenizer is None:
         raise ValueError(f"{type(model).__name__} has no .tokenizer and the data set no input_ids: pass tokenizer=, or set model.tokenizer")
-    pair = ["text_pair"] if "text_pair" in dataset.column_names else []
-    tokens = lambda *columns: {k: v for k, v in tokenizer(*columns, truncation=True, max_length=max_length).items() if k in INPUTS[:3:2]}
-    return dataset.map(tokens, input_columns=["text"] + pair, batched=True, desc="tokenize")
+    texts = [dataset[name] for name in ("text", "text_pair") if name in dataset.column_names]
+    if not texts: raise ValueError(f"no input column among {dataset.column_names}: need text, input_ids or pixel_values")
+    tokens = tokenizer(*(list(t) for t in texts), truncation=True, max_length=max_length, return_attention_mask=False,
+                       return_token_type_ids=len(texts) == 2)
+    for name, values in tokens.items(): dataset = dataset.add_column(name, values)
+    return dataset
 
 # %% ../nbs/distillation.ipynb #fab9a76e
 class Rows:

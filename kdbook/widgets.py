@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['MOST_FRAMES', 'Explore', 'Explore2']
 
-# %% ../nbs/widgets.ipynb #8a23c648
+# %% ../nbs/widgets.ipynb #44dd2fce
 import base64
 import hashlib
 import html
@@ -21,7 +21,7 @@ import matplotlib.pyplot as plt
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from PIL import Image
-from tqdm import tqdm
+from tqdm.auto import tqdm
 
 # %% ../nbs/widgets.ipynb #6b90d205
 def _png(fig, dpi, colors):

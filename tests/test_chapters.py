@@ -4,10 +4,9 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT / "tests"))
-import refresh  # noqa: E402
+import refresh
 
+ROOT = refresh.ROOT
 CHAPTERS = refresh.chapters()
 each_chapter = pytest.mark.parametrize("path", CHAPTERS, ids=lambda path: path.stem)
 NOT_EXPORTED = {"__init__.py", "__main__.py", "_modidx.py"}
