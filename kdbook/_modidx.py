@@ -244,4 +244,5 @@ d = { 'settings': { 'branch': 'main',
                                 'kdbook.widgets._film': ('widgets.html#_film', 'kdbook/widgets.py'),
                                 'kdbook.widgets._label': ('widgets.html#_label', 'kdbook/widgets.py'),
                                 'kdbook.widgets._png': ('widgets.html#_png', 'kdbook/widgets.py'),
+                                'kdbook.widgets._slider': ('widgets.html#_slider', 'kdbook/widgets.py'),
                                 'kdbook.widgets._twin': ('widgets.html#_twin', 'kdbook/widgets.py')}}}

@@ -7,8 +7,8 @@ __all__ = ['ARCHIVES', 'RATED', 'SPLITS', 'GLUE', 'human_probs', 'disagreement',
            'FetchError', 'unpack', 'fetch', 'read_rated', 'clean_rated', 'seeded_order', 'stratified_order',
            'load_task', 'one_rater', 'rater_accuracy', 'hide_labels']
 
-# %% ../nbs/data.ipynb #efc5d4d5
-import hashlib, importlib, importlib.util, json, math, os, random, shutil, stat, subprocess, sys, tarfile, tempfile, time, zipfile, zlib
+# %% ../nbs/data.ipynb #768c8bac
+import hashlib, importlib, importlib.util, json, math, os, random, shutil, subprocess, sys, tarfile, tempfile, time, zipfile, zlib
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -101,7 +101,7 @@ def sha256_of(
         while block := f.read(chunk): digest.update(block)
     return digest.hexdigest()
 
-# %% ../nbs/data.ipynb #436925b4
+# %% ../nbs/data.ipynb #99758780
 _verified = {}  # path -> (bytes, mtime, inode) of files whose digest this process has checked
 
 def _is_good(
@@ -112,7 +112,7 @@ def _is_good(
     "True when `path` is a file with the pinned bytes."
     try: seen = path.stat()
     except (FileNotFoundError, NotADirectoryError): return False
-    if not stat.S_ISREG(seen.st_mode) or seen.st_size != size: return False
+    if seen.st_size != size: return False
     state = (seen.st_size, seen.st_mtime_ns, seen.st_ino)
     if _verified.get(path) != state and sha256_of(path) != sha256: return False
     _verified[path] = state
@@ -365,12 +365,12 @@ def seeded_order(
     keys = [draw() for _ in range(n)]
     return sorted(range(n), key=keys.__getitem__)
 
-# %% ../nbs/data.ipynb #396f9b0f
+# %% ../nbs/data.ipynb #ac5bd9d3
 def stratified_order(
     labels:Iterable, # one class number per row
     seed:int|str=0, # as in `seeded_order`
 )->list: # a permutation of range(len(labels))
-    "An order whose every prefix holds the classes in the shares of the whole, to within one row per class."
+    "An order whose every prefix holds the classes in the shares of the whole, as nearly as whole rows allow."
     labels = list(labels)
     order, members, place = seeded_order(len(labels), seed), {}, {}
     for i in order: members.setdefault(labels[i], []).append(i)
@@ -545,18 +545,17 @@ def _with_labels(
     "The data set with other labels, as plain numbers, and its columns in the same order."
     return dataset.remove_columns("label").add_column("label", labels).select_columns(dataset.column_names)
 
-# %% ../nbs/data.ipynb #e021fb61
+# %% ../nbs/data.ipynb #72239ebe
 def one_rater(
     dataset, # a split of "movies", with its `ratings` column
     seed:int=0, # picks the rater of each sentence
-)->"Dataset": # same rows, same order
+)->"Dataset": # same rows, same order; `label` is now a plain number
     "The data set labelled by one rater per sentence, drawn at random; a rater who said 0 tosses a coin."
     draw = random.Random(f"one rater {seed}").random
     def vote(ratings):
         rating = ratings[int(draw()*len(ratings))]
         return int(rating > 0 or (rating == 0 and draw() < .5))
-    voted = _with_labels(dataset, [vote(ratings) for ratings in dataset["ratings"]])
-    return voted.cast_column("label", dataset.features["label"])
+    return _with_labels(dataset, [vote(ratings) for ratings in dataset["ratings"]])
 
 # %% ../nbs/data.ipynb #14708e04
 def rater_accuracy(

@@ -7,9 +7,9 @@ __all__ = ['METHOD_COLORS', 'METHOD_MARKERS', 'METHOD_LABELS', 'BOOK_STYLE', 'DI
            'color_distance', 'ink', 'band_of', 'curve_with_band', 'interval_plot', 'diverging_colors', 'bar_histogram',
            'soft_targets_bars', 'schedule_steps']
 
-# %% ../nbs/plots.ipynb #650b1e0c
+# %% ../nbs/plots.ipynb #b5df977e
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import matplotlib as mpl
 import matplotlib.pyplot as plt
@@ -92,13 +92,13 @@ def _lab(linear):
     f = np.where(xyz > (6/29)**3, np.cbrt(xyz), xyz/(3*(6/29)**2) + 4/29)
     return np.array([116*f[1] - 16, 500*(f[0] - f[1]), 200*(f[1] - f[2])])
 
-# %% ../nbs/plots.ipynb #336d1fc9
+# %% ../nbs/plots.ipynb #703ca34e
 def color_distance(
     a, # any matplotlib colour
     b, # any matplotlib colour
     vision:str="normal", # or "protanopia", "deuteranopia", "tritanopia"
 )->float: # CIELAB distance, 0 to about 100 (black to white)
-    "How different two colours look to a person with this vision (CIE 1976 distance after Machado et al. 2009, eq. 1)."
+    "How different two colours look to a person with this vision: CIE 1976 distance after Machado et al. 2009."
     seen = [_lab(np.clip(_VISION[vision] @ _linear(color), 0, 1)) for color in (a, b)]
     return float(np.linalg.norm(seen[0] - seen[1]))
 
@@ -150,7 +150,7 @@ def curve_with_band(
                        va="center", color=ink(color), annotation_clip=False)
     return drawn, shade, text
 
-# %% ../nbs/plots.ipynb #28e0252f
+# %% ../nbs/plots.ipynb #3d2af39b
 def interval_plot(
     ax:Axes, # where to draw
     names:Sequence[str], # rows from top to bottom: methods' keys or any text
@@ -163,16 +163,18 @@ def interval_plot(
 )->list: # (rows,) booleans: True where the interval leaves the reference out
     "Draws one dot with its interval per row and greys the rows whose interval contains `reference`."
     names, lows, highs = list(names), np.asarray(lows, dtype=float), np.asarray(highs, dtype=float)
-    if not len(names) == len(centres) == len(lows) == len(highs):
-        raise ValueError(f"{len(names)} names, {len(centres)} centres, {len(lows)} lows, {len(highs)} highs: give one of each per row")
+    sizes = len(names), len(centres), len(lows), len(highs)
+    if len(set(sizes)) > 1: raise ValueError("{} names, {} centres, {} lows, {} highs: give one of each per row".format(*sizes))
     differs = [bool(low > reference or high < reference) for low, high in zip(lows, highs)]
     ax.axvline(reference, color="#555555", linewidth=1, zorder=1)
     for row, name in enumerate(names):
         look = method_style(name)
         color = (colors[row] if colors is not None else look["color"]) if differs[row] else "#8A8A8A"
         ax.plot([lows[row], highs[row]], [row, row], color=color, linewidth=2.2, solid_capstyle="butt")
-        ax.plot(centres[row], row, look["marker"], color=color, markersize=8, markeredgewidth=1.6, markerfacecolor=color if differs[row] else "white")
-        if fmt: ax.text(1.02, row, fmt.format(float(centres[row])), transform=ax.get_yaxis_transform(), va="center", color=ink(color))
+        ax.plot(centres[row], row, look["marker"], color=color, markersize=8, markeredgewidth=1.6,
+                markerfacecolor=color if differs[row] else "white")
+        if fmt: ax.text(1.02, row, fmt.format(float(centres[row])).replace("-", "\N{MINUS SIGN}"),
+                        transform=ax.get_yaxis_transform(), va="center", color=ink(color))
     ax.set_yticks(range(len(names)), [method_style(name)["label"] for name in names])
     ax.set_ylim(len(names) - .5, -.5)
     ax.xaxis.set_major_locator(MaxNLocator(5))
@@ -189,7 +191,7 @@ def diverging_colors(
     ramp = LinearSegmentedColormap.from_list("kdbook", list(DIVERGING.values()))
     return [to_hex(ramp(place)) for place in (np.linspace(0, 1, n) if n > 1 else [.5])]
 
-# %% ../nbs/plots.ipynb #593ecb28
+# %% ../nbs/plots.ipynb #687d6f7d
 def bar_histogram(
     ax:Axes, # where to draw
     probs, # (classes,) shares that sum to 1, or (sources, classes) to draw several side by side
@@ -201,9 +203,10 @@ def bar_histogram(
 )->list: # the bars, one list per source
     "Draws shares per class as bars, with the value above each bar and each source's name on its tallest bar."
     probs = np.atleast_2d(np.asarray(probs, dtype=float))
-    if probs.shape[1] != len(class_names): raise ValueError(f"{probs.shape[1]} shares per row but {len(class_names)} class names")
-    if sources and len(sources) != len(probs): raise ValueError(f"{len(probs)} rows of shares but {len(sources)} sources")
-    colors, width, bars = colors or diverging_colors(probs.shape[1]), .8/len(probs), []
+    rows, classes = probs.shape
+    if classes != len(class_names): raise ValueError(f"{classes} shares per row but {len(class_names)} class names")
+    if sources and len(sources) != rows: raise ValueError(f"{rows} rows of shares but {len(sources)} sources")
+    colors, width, bars = colors or diverging_colors(classes), .8/rows, []
     for k, row in enumerate(probs):
         at = np.arange(len(row)) - .4 + (k + .5)*width
         faces = [(*to_rgb(c), 1 if k == 0 else .3) for c in colors]
@@ -211,8 +214,9 @@ def bar_histogram(
         for c, (place, share) in enumerate(zip(at, row)):
             said = [sources[k]] if sources and c == int(row.argmax()) else []
             said += [fmt.format(share)] if fmt else []
-            ax.annotate("\n".join(said), (place, share), xytext=(0, 3), textcoords="offset points", ha="center", va="bottom", fontsize=9, color=ink(colors[c]))
-    ax.set_xticks(range(probs.shape[1]), class_names)
+            ax.annotate("\n".join(said), (place, share), xytext=(0, 3), textcoords="offset points",
+                        ha="center", va="bottom", fontsize=9, color=ink(colors[c]))
+    ax.set_xticks(range(classes), class_names)
     ax.set(ylim=(0, 1.08*top), yticks=[])
     ax.spines["left"].set_visible(False)
     ax.grid(False)

@@ -34,7 +34,7 @@ def _png(fig, dpi, colors):
     page.quantize(colors, dither=Image.Dither.NONE).save(small, "PNG", optimize=True)
     return small.getvalue(), page.size
 
-# %% ../nbs/widgets.ipynb #4682c13f
+# %% ../nbs/widgets.ipynb #811176a9
 def _label(value):
     "A value as text: at most six significant digits for a number, `str` for the rest."
     try: return f"{value:g}"
@@ -50,9 +50,10 @@ def _drawn(draw, point, where):
     finally:
         for number in set(plt.get_fignums()) - before: plt.close(number)
     if isinstance(fig, Figure): return fig
-    raise TypeError(f"the draw function returned {type(fig).__name__}, not a matplotlib Figure, at {where}: end it with `return fig` (or `return ax.figure`)")
+    raise TypeError(f"the draw function returned {type(fig).__name__}, not a matplotlib Figure, at {where}: "
+                    "end it with `return fig` (or `return ax.figure`)")
 
-# %% ../nbs/widgets.ipynb #67736dda
+# %% ../nbs/widgets.ipynb #fceb22ac
 def _film(draw, axes, names, labels, alt, dpi, colors):
     "All frames as PNG, a text for each, and the size of the page in inches."
     points = list(zip(product(*axes), product(*labels)))
@@ -63,53 +64,58 @@ def _film(draw, axes, names, labels, alt, dpi, colors):
         frame, size = _png(fig, dpi, colors)
         first = first or (size, fig.get_size_inches())
         if size != first[0]:
-            raise ValueError(f"the figure at {where} has {size} pixels, the first one {first[0]}: give every figure the same figsize")
+            raise ValueError(f"the figure at {where} has {size} pixels, the first one {first[0]}: "
+                             "give every figure the same figsize")
         frames.append(frame)
         alts.append(str(alt(*point)) if callable(alt) else f"{alt} ({where})" if alt else f"Picture for {where}")
     return frames, alts, first[1]
 
-# %% ../nbs/widgets.ipynb #e3d44c9a
+# %% ../nbs/widgets.ipynb #b5dcb4d9
 MOST_FRAMES = 60
 
 def _check(axes, names, start):
     "Complains about values and starts that no slider can show."
     for name, values, at in zip(names, axes, start):
-        if not values: raise ValueError(f"the slider {name!r} has no values: give a list of at least one, such as [1, 2, 4]")
+        if not values:
+            raise ValueError(f"the slider {name!r} has no values: give a list of at least one, such as [1, 2, 4]")
         if not 0 <= at < len(values):
-            raise ValueError(f"start = {at} for the slider {name!r} with {len(values)} values: start is a position, 0 to {len(values) - 1}")
+            raise ValueError(f"start = {at} for the slider {name!r} with {len(values)} values: "
+                             f"start is a position, 0 to {len(values) - 1}")
     total, sizes = math.prod(map(len, axes)), " x ".join(str(len(values)) for values in axes)
     if total > MOST_FRAMES:
-        raise ValueError(f"{sizes} = {total} frames for {' and '.join(map(repr, names))}, the limit is {MOST_FRAMES}: "
+        which = " and ".join(map(repr, names))
+        raise ValueError(f"{sizes} = {total} frames for {which}, the limit is {MOST_FRAMES}: "
                          "pass fewer values, such as every second one, values[::2]")
 
-# %% ../nbs/widgets.ipynb #6bb25bf7
+# %% ../nbs/widgets.ipynb #51bfdd8c
 _STYLE = """.kd-explore{box-sizing:border-box;display:inline-block;max-width:100%;margin:.5em 0;padding:.6em .8em;
 border:1px solid #d5d5d5;border-radius:8px;background:#fff;color:#222;font:15px/1.4 system-ui,sans-serif;color-scheme:light}
 .kd-explore img{display:block;max-width:100%;height:auto;margin:0;background:#fff}
 .kd-explore .kd-row{display:flex;flex-wrap:wrap;align-items:center;gap:.2em .7em;margin:0 0 .3em}
-.kd-explore [hidden]{display:none}
-.kd-explore label{display:flex;flex:1 1 16em;flex-wrap:wrap;align-items:center;gap:.2em .7em;margin:0;font-weight:inherit}
-.kd-explore input{flex:1 1 8em;min-width:8em;max-width:24em;height:1.8em;margin:0;accent-color:#0072b2}
-.kd-explore output{min-width:4em;color:inherit;font-variant-numeric:tabular-nums}
+.kd-explore label{display:flex;flex:1 1 12em;align-items:center;gap:.7em;margin:0;font-weight:inherit}
+.kd-explore input{flex:1 1 4em;min-width:4em;max-width:24em;height:1.8em;margin:0;accent-color:#0072b2}
+.kd-explore output{min-width:2.5em;color:inherit;font-variant-numeric:tabular-nums}
 .kd-explore button{font:inherit;padding:.1em .7em;color:#222;background:#f1f1f1;border:1px solid #aaa;border-radius:5px}
-.kd-explore p{margin:.3em 0 0;font-size:13px;color:#555}"""
-_ROW = string.Template("""<div class="kd-row" hidden><label><span>$name</span>
+.kd-explore p{width:0;min-width:100%;margin:.3em 0 0;font-size:13px;color:#555}"""
+_ROW = string.Template("""<div class="kd-row"><label><span>$name</span>
 <input type="range" min="0" max="$last" step="1" value="$start" autocomplete="off" aria-label="$name" aria-valuetext="$text">
 <output aria-live="off">$text</output></label>$button</div>""")
-_BUTTON = '<button type="button" aria-pressed="false">Play</button>'
+_BUTTON = '<button type="button">Play</button>'
 _TWIN = string.Template("""<style>$style</style>
 <div class="kd-explore" data-kd="$uid" role="group" aria-label="$title">
-$rows
 <img width="$width" height="$height" alt="$alt" src="data:image/png;base64,$frame">
 <p>Still picture at $where. Run this cell, or open the page with scripts allowed, to move it.</p>
 </div>
 <script>$script</script>""")
 
-# %% ../nbs/widgets.ipynb #83fa81eb
+# %% ../nbs/widgets.ipynb #1afeffde
 _SCRIPT = string.Template("""(function () {
 const D = $data;
 document.querySelectorAll('[data-kd="$uid"]:not([data-live])').forEach(function (card) {
   card.setAttribute("data-live", "");
+  card.setAttribute("data-lm-suppress-shortcuts", "true"); // JupyterLab would take the arrow keys
+  card.insertAdjacentHTML("afterbegin", D.rows);
+  card.querySelector("p").remove();
   const picture = card.querySelector("img"), still = picture.src;
   const sliders = Array.from(card.querySelectorAll("input")), outputs = card.querySelectorAll("output");
   function show() {
@@ -125,51 +131,53 @@ document.querySelectorAll('[data-kd="$uid"]:not([data-live])').forEach(function 
   }
 $play
   sliders.forEach(function (slider) { slider.addEventListener("input", show); });
-  card.querySelectorAll(".kd-row").forEach(function (row) { row.hidden = false; });
-  card.querySelector("p").hidden = true;
-  show();
 });
 })();""")
 
-# %% ../nbs/widgets.ipynb #b85d3c4a
+# %% ../nbs/widgets.ipynb #a0f519e1
 _PLAY = """  const button = card.querySelector("button"), first = sliders[0];
   let timer = null;
   function stop() {
     clearInterval(timer);
     timer = null;
     button.textContent = "Play";
-    button.setAttribute("aria-pressed", "false");
   }
   function step() { first.value = +first.value + 1; show(); if (+first.value >= +first.max) stop(); }
   button.addEventListener("click", function () {
     if (timer) return stop();
     if (+first.value >= +first.max) { first.value = 0; show(); }
     button.textContent = "Pause";
-    button.setAttribute("aria-pressed", "true");
     timer = setInterval(step, 700);
   });
   sliders.forEach(function (slider) { slider.addEventListener("input", function () { if (timer) stop(); }); });
   if (matchMedia("(prefers-reduced-motion: reduce)").matches) button.remove();"""
 
-# %% ../nbs/widgets.ipynb #79798be1
+# %% ../nbs/widgets.ipynb #b11194a3
 def _twin(frames, alts, inches, names, labels, start, play):
-    "The HTML page of a slider: a picture, hidden sliders, and the script that shows and moves them."
+    "The HTML of a slider: a still picture, and the script that puts sliders above it."
     places = list(product(*(range(len(said)) for said in labels)))
     first, code = places.index(tuple(start)), [base64.b64encode(frame).decode() for frame in frames]
-    data = json.dumps(dict(frames=["" if k == first else c for k, c in enumerate(code)], alts=alts, labels=labels))
-    uid = "kd" + hashlib.sha256("\0".join([data, code[first], *names, str(play)]).encode()).hexdigest()[:12]
-    script = _SCRIPT.substitute(data=data.replace("<", "\\u003c"), uid=uid, play=_PLAY if play else "")
     safe = [html.escape(name) for name in names]
     now = [html.escape(said[at]) for said, at in zip(labels, start)]
-    rows = [_ROW.substitute(name=name, last=len(said) - 1, start=at, text=text, button="")
-            for name, said, at, text in zip(safe, labels, start, now)]
-    if play: rows[0] = rows[0].replace("</div>", _BUTTON + "</div>")
+    buttons = [_BUTTON if play else ""] + [""]*len(names)
+    rows = [_ROW.substitute(name=name, last=len(said) - 1, start=at, text=text, button=button)
+            for name, said, at, text, button in zip(safe, labels, start, now, buttons)]
+    others = ["" if k == first else text for k, text in enumerate(code)]
+    data = json.dumps(dict(rows="".join(rows), frames=others, alts=alts, labels=labels))
+    uid = "kd" + hashlib.sha256((data + code[first] + str(play)).encode()).hexdigest()[:12]
+    script = _SCRIPT.substitute(data=data.replace("<", "\\u003c"), uid=uid, play=_PLAY if play else "")
     width, height = (round(96*side) for side in inches)
     where = ", ".join(f"{name} = {text}" for name, text in zip(safe, now))
-    return _TWIN.substitute(style=_STYLE, uid=uid, title=", ".join(safe), rows="\n".join(rows), width=width, height=height,
+    return _TWIN.substitute(style=_STYLE, uid=uid, title=", ".join(safe), width=width, height=height,
                             alt=html.escape(alts[first]), frame=code[first], where=where, script=script)
 
-# %% ../nbs/widgets.ipynb #e1315f86
+# %% ../nbs/widgets.ipynb #6d7a3f02
+def _slider(name, said, at):
+    "A live slider over the positions of the texts in `said`."
+    options = [(text, k) for k, text in enumerate(said)]
+    return W.SelectionSlider(options=options, index=at, description=name, style={"description_width": "initial"})
+
+# %% ../nbs/widgets.ipynb #d8b99a9f
 class _Sliders(W.VBox):
     "What one slider and two have in common: frames drawn once, shown by live widgets and by their twin."
     def __init__(self, draw, axes, names, start, alt, formatter, play, dpi, colors):
@@ -178,10 +186,7 @@ class _Sliders(W.VBox):
         self.names, self.labels = names, [[str((formatter or _label)(value)) for value in values] for values in axes]
         self.frames, self.alts, self.inches = _film(draw, axes, names, self.labels, alt, dpi, colors)
         self.html = _twin(self.frames, self.alts, self.inches, names, self.labels, start, play)
-        self.picture = W.HTML()
-        self.sliders = [
-            W.SelectionSlider(options=[(text, k) for k, text in enumerate(said)], index=at, description=name, style={"description_width": "initial"})
-            for name, said, at in zip(names, self.labels, start)]
+        self.sliders, self.picture = [_slider(*parts) for parts in zip(names, self.labels, start)], W.HTML()
         for slider in self.sliders: slider.observe(self._show, "index")
         self._show()
         player = [W.Play(value=start[0], max=len(axes[0]) - 1, interval=700)] if play else []
@@ -192,10 +197,12 @@ class _Sliders(W.VBox):
         k = 0
         for slider, said in zip(self.sliders, self.labels): k = k*len(said) + slider.index
         data, alt = base64.b64encode(self.frames[k]).decode(), html.escape(self.alts[k])
-        self.picture.value = f'<img alt="{alt}" width="{round(96*self.inches[0])}" style="max-width:100%;height:auto" src="data:image/png;base64,{data}">'
+        self.picture.value = (f'<img alt="{alt}" width="{round(96*self.inches[0])}" '
+                              f'style="max-width:100%;height:auto" src="data:image/png;base64,{data}">')
 
     def _repr_mimebundle_(self, **kwargs):
-        live, text = super()._repr_mimebundle_(**kwargs), f"{type(self).__name__}: {len(self.frames)} frames over {', '.join(self.names)}"
+        live = super()._repr_mimebundle_(**kwargs)
+        text = f"{type(self).__name__}: {len(self.frames)} frames over {', '.join(self.names)}"
         return {**(live[0] if isinstance(live, tuple) else live), "text/plain": text, "text/html": self.html}
 
 # %% ../nbs/widgets.ipynb #4af5cd88
