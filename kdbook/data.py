@@ -518,12 +518,12 @@ def _load_hub(
     matched = {"validation_matched": "validation", "test_matched": "test"}  # MNLI
     return _in_order({matched.get(split, split): _unify(d, name, split) for split, d in raw.items()})
 
-# %% ../nbs/data.ipynb #158be270
+# %% ../nbs/data.ipynb #2218d61e
 def load_task(
     name:str, # "movies", "digits", a GLUE task, or a set in `data_dir`
     data_dir:str|Path|None=None, # folder with NAME/SPLIT.parquet; None means KDBOOK_DATA if set, else the Hub
     seed:int=0, # picks the split of movies and digits; no effect on sets that come with splits
-)->"DatasetDict": # train, validation, test as far as there are, then out-of-domain splits
+)->"datasets.DatasetDict": # train, validation, test as far as there are, then out-of-domain splits
     """A task's splits, with `idx`, `text` (and `text_pair`) or `pixel_values`, and `label`; movies adds `ratings` and `human_probs`.
 
     Raises `ValueError` for an unknown name and `FileNotFoundError` for a set that the folder lacks."""
@@ -545,11 +545,11 @@ def _with_labels(
     "The data set with other labels, as plain numbers, and its columns in the same order."
     return dataset.remove_columns("label").add_column("label", labels).select_columns(dataset.column_names)
 
-# %% ../nbs/data.ipynb #72239ebe
+# %% ../nbs/data.ipynb #0cd3673d
 def one_rater(
     dataset, # a split of "movies", with its `ratings` column
     seed:int=0, # picks the rater of each sentence
-)->"Dataset": # same rows, same order; `label` is now a plain number
+)->"datasets.Dataset": # same rows, same order; `label` is now a plain number
     "The data set labelled by one rater per sentence, drawn at random; a rater who said 0 tosses a coin."
     draw = random.Random(f"one rater {seed}").random
     def vote(ratings):
@@ -565,12 +565,12 @@ def rater_accuracy(
     sides = [(probs[2] if label else probs[0]) + probs[1]/2 for probs, label in zip(dataset["human_probs"], dataset["label"])]
     return sum(sides)/len(sides)
 
-# %% ../nbs/data.ipynb #b0f69fe9
+# %% ../nbs/data.ipynb #6c8df911
 def hide_labels(
     dataset, # Dataset with a `label` column
     keep:int, # rows that keep their label
     seed:int=0, # picks them; a larger `keep` with the same seed keeps these too
-)->"Dataset": # same rows, same order; `label` is now a plain number
+)->"datasets.Dataset": # same rows, same order; `label` is now a plain number
     "The data set with label -100 on all but `keep` rows."
     if not 0 <= keep <= len(dataset): raise ValueError(f"keep must be between 0 and {len(dataset)} rows, got {keep}")
     kept = set(seeded_order(len(dataset), f"hide {seed}")[:keep])

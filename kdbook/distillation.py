@@ -107,7 +107,19 @@ def forward(
     "Logits of `model` on the input columns of `batch`."
     return logits_of(model(**{name: batch[name] for name in INPUTS if name in batch}))
 
-# %% ../nbs/distillation.ipynb #6b8f0f33
+# %% ../nbs/distillation.ipynb #958bf004
+def _with_column(dataset:"datasets.Dataset", name:str, values:Tensor|list)->"datasets.Dataset":
+    "The data set with a column set, and without the progress bars of a moment's work."
+    from datasets.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
+    quiet = are_progress_bars_disabled()
+    disable_progress_bars()
+    try:
+        if name in dataset.column_names: dataset = dataset.remove_columns(name)
+        return dataset.add_column(name, values.tolist() if isinstance(values, Tensor) else values)
+    finally:
+        if not quiet: enable_progress_bars()
+
+# %% ../nbs/distillation.ipynb #6fccfa22
 def encode(
     dataset:"datasets.Dataset", # rows with `text` (and `text_pair`), or already with `input_ids` or `pixel_values`
     model:nn.Module, # its `.tokenizer` is used when `tokenizer` is not given
@@ -123,7 +135,7 @@ def encode(
     if not texts: raise ValueError(f"no input column among {dataset.column_names}: need text, input_ids or pixel_values")
     tokens = tokenizer(*(list(t) for t in texts), truncation=True, max_length=max_length, return_attention_mask=False,
                        return_token_type_ids=len(texts) == 2)
-    for name, values in tokens.items(): dataset = dataset.add_column(name, values)
+    for name, values in tokens.items(): dataset = _with_column(dataset, name, values)
     return dataset
 
 # %% ../nbs/distillation.ipynb #fab9a76e
@@ -240,7 +252,7 @@ def _cached_logits(model:nn.Module, rows:Rows, batch_size:int, folder:Path, prog
         out[index] = logits
     return out
 
-# %% ../nbs/distillation.ipynb #a72f83a5
+# %% ../nbs/distillation.ipynb #46b1fd24
 def annotate(
     dataset:"datasets.Dataset", # rows with text, tokens or pixels
     teacher:nn.Module|str, # a model, or the name of a record under results/teacher
@@ -262,14 +274,11 @@ def annotate(
     else: logits = _run(teacher, rows, length_sorted(rows.lengths, batch_size), progress)
     return _with_column(dataset, "teacher_logits", logits)
 
-def _with_column(dataset:"datasets.Dataset", name:str, values:Tensor)->"datasets.Dataset":
-    if name in dataset.column_names: dataset = dataset.remove_columns(name)
-    return dataset.add_column(name, values.tolist())
-
-# %% ../nbs/distillation.ipynb #8830f150
+# %% ../nbs/distillation.ipynb #7f67f9fc
 def results_dir()->Path: # folder
     "Where the committed records live: `$KDBOOK_RESULTS`, else `results/` of the checkout the package was installed from."
-    folder = Path(os.environ.get("KDBOOK_RESULTS") or Path(__file__).resolve().parent.parent / "results")
+    import kdbook
+    folder = Path(os.environ.get("KDBOOK_RESULTS") or Path(kdbook.__file__).resolve().parent.parent / "results")
     if folder.is_dir(): return folder
     raise FileNotFoundError(f"no folder of records at {folder}: work from a clone of the repository (pip install -e .), or set KDBOOK_RESULTS")
 
