@@ -15,7 +15,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK = 1
 help: ## list the targets
 	@echo "kdbook: a book that runs. Targets:"
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-9s %s\n", $$1, $$2 }' Makefile
-	@echo "Variables: PYTHON=python3.12 picks the interpreter; ARGS='-k data -x' goes to pytest;"
+	@echo "Variables: PYTHON=python3.12 picks the interpreter; ARGS='-k data -x' goes to the target's program;"
 	@echo "           METHOD=$(METHOD) SEEDS=$(SEEDS) say which runs 'make ladder' completes."
 
 venv: $(READY) ## make .venv with the package and all its tools (2 to 5 minutes, once)
@@ -58,7 +58,7 @@ refresh: $(READY) ## export the package, then re-run the chapters whose stored o
 	$(PY) tests/refresh.py $(ARGS)
 
 ladder: $(READY) ## run what is missing of METHOD's benchmark records (hours for a whole ladder; it can be stopped and resumed)
-	$(PY) -m kdbook ladder $(METHOD) --seeds $(SEEDS)
+	$(PY) -m kdbook ladder $(METHOD) --seeds $(SEEDS) $(ARGS)
 
 clean: ## remove what the other targets wrote, .venv and results/ excepted
 	rm -rf _docs _proc _run build dist kdbook.egg-info .pytest_cache .hypothesis

@@ -5,10 +5,10 @@
 # %% auto #0
 __all__ = ['arguments', 'main', 'print_ladder']
 
-# %% ../nbs/command_line.ipynb #752ced63
+# %% ../nbs/command_line.ipynb #96b18fc9
 import sys
 from typing import Iterable
-from .benchmark import METHODS, SETTINGS, ladder_table, run_ladder, setting_of, train_teacher, write_teacher_record
+from .benchmark import METHODS, SETTINGS, ladder_table, recorded, run_ladder, setting_of, train_teacher, write_teacher_record
 from .data import fetch
 
 # %% ../nbs/command_line.ipynb #59b2e118
@@ -39,10 +39,13 @@ def main(argv:list[str]|None=None)->int: # exit code
     else: print_ladder(args.method, args.setting or tuple(SETTINGS))
     return 0
 
-# %% ../nbs/command_line.ipynb #3bcda9a2
+# %% ../nbs/command_line.ipynb #2b8f8635
 def print_ladder(method:str, settings:Iterable[str])->None:
     "Print the tables of a method's ladder."
-    for name in settings: print(f"{setting_of(name).title}\n\n{ladder_table(name, method).to_string()}\n")
+    there = recorded(method)
+    for name in settings:
+        table = ladder_table(name, method).to_string() if name in there else f"no records of 3 seeds yet: python -m kdbook ladder {method} --setting {name}"
+        print(f"{setting_of(name).title}\n\n{table}\n")
 
 # %% ../nbs/command_line.ipynb #d18b20dd
 if __name__ == "__main__" and __package__ == "kdbook": sys.exit(main())

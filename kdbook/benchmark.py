@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['SETTINGS', 'SEARCH_SEEDS', 'METHODS', 'BASELINES', 'LADDERS', 'TRAIL', 'Setting', 'ladder_of', 'setting_of', 'Method',
            'training_rows', 'digits_teacher', 'provenance', 'write_json', 'pack', 'unpack', 'run_settings',
-           'record_path', 'read_record', 'run_one', 'chosen_lr', 'run_ladder', 'reported', 'correct', 'Rung', 'ladder',
-           'ladder_table', 'ladder_plot', 'Trail', 'train_teacher', 'write_teacher_record']
+           'record_path', 'read_record', 'run_one', 'chosen_lr', 'run_ladder', 'reported', 'correct', 'recorded',
+           'Rung', 'ladder', 'ladder_table', 'ladder_plot', 'Trail', 'train_teacher', 'write_teacher_record']
 
 # %% ../nbs/benchmark.ipynb #025064c4
 import base64, json, os, platform, subprocess, sys, time, zlib
@@ -216,7 +216,7 @@ def chosen_lr(setting_name:str, method:str)->float|None: # None: the search is n
         scores[lr] = sum(r["best"]["score"] for r in found) / len(found)
     return max(scores, key=lambda lr: (scores[lr], -lr))
 
-# %% ../nbs/benchmark.ipynb #a1a7502f
+# %% ../nbs/benchmark.ipynb #b5ca637a
 def run_ladder(
     method:str, # a key of METHODS; its baselines are run with it
     settings:Iterable[str]=tuple(SETTINGS), # keys of SETTINGS
@@ -231,6 +231,7 @@ def run_ladder(
     _run_all([(s, m, lr, seed) for s, m in searched for lr in setting_of(s).lrs for seed in SEARCH_SEEDS], jobs, "search")
     _run_all([(s, m, chosen_lr(s, m), seed) for seed in range(seeds) for s, m in pairs], jobs, "report")
 
+# %% ../nbs/benchmark.ipynb #4e4b6a53
 def _run_all(runs:list[tuple], jobs:int, desc:str)->None:
     from concurrent.futures import ProcessPoolExecutor, as_completed
     from multiprocessing import get_context
@@ -281,7 +282,18 @@ def correct(
     labels = _labels(setting_of(setting_name).task, split)
     return np.stack([unpack(r["splits"][split]["predictions"]) == labels for r in reported(setting_name, method)])
 
-# %% ../nbs/benchmark.ipynb #412d261d
+# %% ../nbs/benchmark.ipynb #4acc5874
+def recorded(
+    method:str="annealing_kd", # a key of METHODS
+    seeds:int=3, # how many every rung must have
+)->list[str]: # keys of SETTINGS
+    "The settings in which each rung of a method's ladder has at least `seeds` records."
+    def complete(name:str)->bool:
+        rates = [chosen_lr(name, rung) for rung in ladder_of(method)]
+        return None not in rates and all(read_record(name, rung, lr, seed) for rung, lr in zip(ladder_of(method), rates) for seed in range(seeds))
+    return [name for name in SETTINGS if complete(name)]
+
+# %% ../nbs/benchmark.ipynb #7ca85951
 @dataclass(frozen=True)
 class Rung:
     "One line of a ladder."
@@ -294,6 +306,7 @@ class Rung:
     nll:float # mean over seeds, nats
     lr:float|None # the rate that the search chose
 
+# %% ../nbs/benchmark.ipynb #214309db
 def ladder(
     setting_name:str, # a key of SETTINGS
     method:str="annealing_kd", # a key of METHODS
@@ -338,15 +351,15 @@ def ladder_table(
                       "seeds": r.seeds, "lr": "" if r.lr is None else f"{r.lr:g}"})
     return pd.DataFrame(table).set_index("method")
 
-# %% ../nbs/benchmark.ipynb #7a401a9c
+# %% ../nbs/benchmark.ipynb #6a210bc6
 def ladder_plot(
-    settings:Iterable[str]=tuple(SETTINGS), # keys of SETTINGS, one panel each
+    settings:Iterable[str]|None=None, # keys of SETTINGS, one panel each; default: those that have records
     method:str="annealing_kd", # a key of METHODS
 )->"matplotlib.figure.Figure":
     "Paired gains over plain KD, in points, with 95 % intervals; hollow where the interval holds zero."
     import matplotlib.pyplot as plt
     from kdbook.plots import interval_plot, style
-    names = list(settings)
+    names = list(settings or recorded(method))
     with style():
         fig, axes = plt.subplots(1, len(names), figsize=(3.6 * len(names) + 1.4, 3.0), sharey=True, squeeze=False)
         for ax, name in zip(axes[0], names):

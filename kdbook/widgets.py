@@ -108,16 +108,18 @@ _TWIN = string.Template("""<style>$style</style>
 </div>
 <script>$script</script>""")
 
-# %% ../nbs/widgets.ipynb #1afeffde
+# %% ../nbs/widgets.ipynb #0714bd52
 _SCRIPT = string.Template("""(function () {
 const D = $data;
 document.querySelectorAll('[data-kd="$uid"]:not([data-live])').forEach(function (card) {
   card.setAttribute("data-live", "");
-  card.setAttribute("data-lm-suppress-shortcuts", "true"); // JupyterLab would take the arrow keys
   card.insertAdjacentHTML("afterbegin", D.rows);
   card.querySelector("p").remove();
   const picture = card.querySelector("img"), still = picture.src;
   const sliders = Array.from(card.querySelectorAll("input")), outputs = card.querySelectorAll("output");
+  card.querySelectorAll("input, button").forEach(function (control) {
+    control.setAttribute("data-lm-suppress-shortcuts", "true"); // or JupyterLab takes the arrow keys
+  });
   function show() {
     let k = 0;
     sliders.forEach(function (slider, a) {

@@ -2,9 +2,9 @@
 
 nbdev's filter fills in the API docs on a copy of the chapters, smalldocs renders them as _quarto.yml says, and formulas
 become MathML, which a browser shows without a network; where there is one, KaTeX then draws them finer.
-With Quarto installed, `quarto render` on an activated .venv builds the same pages. Exit code 1 means warnings.
+Exit code 1 means warnings. With --quarto the same copy is rendered by an installed Quarto instead.
 """
-import contextlib, html, json, os, re, shutil, sys, time
+import contextlib, html, inspect, json, os, re, shutil, subprocess, sys, time
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -31,9 +31,21 @@ def without_title(nb):
     return nb
 
 
+def lenient(signature):
+    "`signature`, but an annotation in quotes stays text where its module is not imported, as `datasets` is not by the package."
+    def of(obj, *, eval_str=False, **kwargs):
+        try:
+            return signature(obj, eval_str=eval_str, **kwargs)
+        except NameError:
+            return signature(obj, **kwargs)
+    return of
+
+
 def prepare(nbs, work):
     "A copy of the chapters with their API docs filled in."
+    import fastcore.docments
     from nbdev.cli import nbdev_filter
+    fastcore.docments.signature = lenient(inspect.signature)  # which show_doc calls, with eval_str
     shutil.rmtree(work, ignore_errors=True)
     shutil.copytree(nbs, work / "nbs", ignore=shutil.ignore_patterns(".*", "__pycache__"))
     shutil.copy(ROOT / "_quarto.yml", work)
@@ -51,13 +63,14 @@ def mathml(match, page, problems):
     tex = html.unescape(escaped).strip()
     known = re.sub(r"\\tag\{(.*?)\}", r"\\qquad \\text{(\1)}", tex)
     known = re.sub(r"(\\(?:begin|end))\{aligned\}", r"\1{align*}", known)
+    known = re.sub(r"(?<!\\)\\\|", "\u2016", known)  # it misreads \| after \big and its kin
     known = re.sub(r"\\arg(?![a-z])", r"\\operatorname{arg}", known)
     try:
         drawn = convert(known, display="block" if kind == "display" else "inline")
     except Exception as error:  # the converter has an exception class per kind of mistake
         problems.append(f"{page}: formula {tex!r}: {type(error).__name__} {error}")
         return match.group(0)
-    unknown = re.search(r">\\([a-zA-Z]+)<", drawn)
+    unknown = re.search(r">(\\[^<]+)<", drawn)
     if unknown:
         problems.append(f"{page}: formula {tex!r}: latex2mathml does not know {unknown.group(1)!r}")
     start = re.match(r"<math[^>]*>", drawn).group(0)
@@ -75,6 +88,19 @@ def offline_maths(out):
         if n:
             page.write_text(new.replace("</body>", DRAW_FINER + "</body>"), encoding="utf-8")
     return problems
+
+
+def quarto(out=ROOT / "_docs", work=ROOT / "_proc", nbs=ROOT / "nbs"):
+    "Render with Quarto; the filter has run already, with the leniency it needs, so the copy's settings leave it out."
+    if not shutil.which("quarto"):
+        sys.exit("quarto is not on the PATH: install it from quarto.org, or leave --quarto out")
+    prepare(nbs, work)
+    settings = work / "_quarto.yml"
+    settings.write_text("".join(line for line in settings.read_text(encoding="utf-8").splitlines(True) if "ipynb-filters" not in line), encoding="utf-8")
+    subprocess.run(["quarto", "render", str(work)], check=True)
+    shutil.rmtree(out, ignore_errors=True)
+    shutil.move(work / "_docs", out)
+    shutil.rmtree(work)
 
 
 def main(out=ROOT / "_docs", work=ROOT / "_proc", nbs=ROOT / "nbs"):
@@ -95,4 +121,4 @@ def main(out=ROOT / "_docs", work=ROOT / "_proc", nbs=ROOT / "nbs"):
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(quarto() if "--quarto" in sys.argv else main())

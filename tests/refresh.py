@@ -154,6 +154,11 @@ def refresh(path):
     save(nb, path)
 
 
+def explain(error):
+    "A failed cell's traceback, without colours where no terminal shows them."
+    return str(error) if sys.stderr.isatty() else re.sub(r"\x1b\[[0-9;]*m", "", str(error))
+
+
 def main(args):
     from nbclient.exceptions import CellExecutionError
     named = [Path(arg).resolve() for arg in args if not arg.startswith("--")]
@@ -167,7 +172,7 @@ def main(args):
         try:
             refresh(path)
         except CellExecutionError as error:
-            print(f"{path.name} failed and keeps its old outputs.\n{error}", file=sys.stderr)
+            print(f"{path.name} failed and keeps its old outputs.\n{explain(error)}", file=sys.stderr)
             failed.append(path.stem)
         else:
             print(f"{path.stem}: {time.monotonic() - start:.0f} s", flush=True)

@@ -18,7 +18,7 @@ def main(name):
     try:
         refresh.execute(nb, name)
     except CellExecutionError as error:
-        print(f"{source.relative_to(refresh.ROOT)} failed:\n{error}", file=sys.stderr)
+        print(f"{source.relative_to(refresh.ROOT)} failed:\n{refresh.explain(error)}", file=sys.stderr)
         return 1
     finally:
         nbformat.write(refresh.tidy(nb), target)  # after a failure too: it shows how far the run came
