@@ -46,7 +46,7 @@ def annealing_loss(
     if not 0 < phi <= 1: raise ValueError(f"phi must be in (0, 1], got {phi}")
     return logit_mse(student_logits, phi * teacher_logits, reduction)
 
-# %% ../nbs/annealing_kd.ipynb #e6893079
+# %% ../nbs/annealing_kd.ipynb #1e56fa1b
 class AnnealingKD:
     "Stage I: follow the teacher's logits while they grow from `1/tau_max` of their size to all of it."
     requires, rows = ("teacher_logits",), "all"
@@ -57,8 +57,9 @@ class AnnealingKD:
         self.tau_max = tau_max
 
     def phi(self, progress:Progress)->float:
-        "The scale in the epoch that `progress` is in."
-        return phi(temperature_schedule(progress.epochs, self.tau_max)[progress.epoch], self.tau_max)
+        "The scale in the epoch that `progress` is in; after the last one, that of the last."
+        epoch = min(progress.epoch, progress.epochs - 1)
+        return phi(temperature_schedule(progress.epochs, self.tau_max)[epoch], self.tau_max)
 
     def __call__(self, student:nn.Module, batch:dict[str,Tensor], progress:Progress)->Loss:
         "`annealing_loss` at this epoch's `phi`."

@@ -6,8 +6,8 @@
 __all__ = ['INPUTS', 'soft_targets', 'reduce_loss', 'soft_target_loss', 'hinton_loss', 'logit_mse', 'logits_of', 'forward',
            'encode', 'Rows', 'length_sorted', 'predict_logits', 'fingerprint', 'annotate', 'results_dir']
 
-# %% ../nbs/distillation.ipynb #5fb9bef2
-import hashlib, json, os
+# %% ../nbs/distillation.ipynb #f8faecd6
+import hashlib, json, os, warnings
 from pathlib import Path
 from typing import Any, Iterator, Literal
 import numpy as np
@@ -138,7 +138,14 @@ def encode(
     for name, values in tokens.items(): dataset = _with_column(dataset, name, values)
     return dataset
 
-# %% ../nbs/distillation.ipynb #fab9a76e
+# %% ../nbs/distillation.ipynb #b167f462
+def _unpadded(dataset:"datasets.Dataset", name:str)->list[Tensor]:
+    "A column of token numbers, row by row; rows that came padded lose their padding."
+    rows = [torch.tensor(row) for row in dataset[name]]
+    if "attention_mask" not in dataset.column_names: return rows
+    return [row[torch.tensor(mask).bool()] for row, mask in zip(rows, dataset["attention_mask"])]
+
+# %% ../nbs/distillation.ipynb #81bba204
 class Rows:
     "The columns of a data set as tensors, ready to be cut into padded batches."
     def __init__(self,
@@ -146,8 +153,10 @@ class Rows:
         columns:tuple[str,...]=(), # what is wanted besides the model's inputs
         pad_id:int=0, # token id that fills up short rows
     ):
+        if not len(dataset): raise ValueError("the data set has no rows")
         have = dataset.column_names
-        self.ragged = {k: [torch.tensor(v) for v in dataset.with_format(None)[k]] for k in ("input_ids", "token_type_ids") if k in have}
+        plain = dataset.with_format(None)
+        self.ragged = {k: _unpadded(plain, k) for k in ("input_ids", "token_type_ids") if k in have}
         self.dense = {("labels" if k == "label" else k): torch.as_tensor(np.asarray(dataset.with_format("numpy")[k]))
                       for k in ("pixel_values", *columns) if k in have}
         self.dense = {k: v.float() if v.is_floating_point() else v.long() for k, v in self.dense.items()}
@@ -183,7 +192,7 @@ def _pad_id(model:nn.Module, tokenizer:Any=None)->int:
     tokenizer = tokenizer or getattr(model, "tokenizer", None)
     return getattr(tokenizer, "pad_token_id", None) or 0
 
-# %% ../nbs/distillation.ipynb #f40d9b74
+# %% ../nbs/distillation.ipynb #4a674c93
 def predict_logits(
     model:nn.Module, # put into evaluation mode for the call, and back
     dataset:"datasets.Dataset", # rows with text, tokens or pixels
@@ -201,11 +210,12 @@ def _run(model:nn.Module, rows:Rows, batches:list[list[int]], progress:bool=Fals
     device, was_training = next(model.parameters()).device, model.training
     model.eval()
     out = None
-    for index in _bar(batches, progress, "predict"):
-        logits = forward(model, {k: v.to(device) for k, v in rows.batch(index).items()}).float().cpu()
-        if out is None: out = torch.empty(len(rows), *logits.shape[1:])
-        out[index] = logits
-    model.train(was_training)
+    try:
+        for index in _bar(batches, progress, "predict"):
+            logits = forward(model, {k: v.to(device) for k, v in rows.batch(index).items()}).float().cpu()
+            if out is None: out = torch.empty(len(rows), *logits.shape[1:])
+            out[index] = logits
+    finally: model.train(was_training)
     return out
 
 def _bar(items:list, progress:bool, desc:str)->Iterator:
@@ -229,25 +239,36 @@ def fingerprint(
         h.update(name.encode()); h.update(flat.contiguous().reshape(-1).view(torch.uint8).numpy())
     return h.hexdigest()[:32]
 
-# %% ../nbs/distillation.ipynb #ffd3451f
+# %% ../nbs/distillation.ipynb #0dd3324b
 def _write_whole(tensors:dict[str,Tensor], path:Path)->None:
     "Save under a temporary name, then rename: a reader sees the whole file or none."
     from safetensors.torch import save_file
+    path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     save_file(tensors, temporary)
     os.replace(temporary, path)
 
+def _read_shard(path:Path, size:int)->Tensor|None:
+    "The logits in `path`; None where there are none, or the file is damaged."
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+    try: logits = load_file(path)["logits"]
+    except (OSError, SafetensorError, KeyError): return None
+    return logits if len(logits) == size else None
+
 def _cached_logits(model:nn.Module, rows:Rows, batch_size:int, folder:Path, progress:bool, per_shard:int=16)->Tensor:
     "Logits of `rows`, computed in shards of `per_shard` batches; shards already in `folder` are read, not computed."
-    from safetensors.torch import load_file
+    from safetensors import SafetensorError
     batches = length_sorted(rows.lengths, batch_size)
     shards = [batches[i:i + per_shard] for i in range(0, len(batches), per_shard)]
-    folder.mkdir(parents=True, exist_ok=True)
     out = None
     for number, shard in enumerate(_bar(shards, progress, "annotate")):
         index, path = sum(shard, []), folder / f"{number:05d}.safetensors"
-        if not path.exists(): _write_whole({"logits": _run(model, rows, shard)[index]}, path)
-        logits = load_file(path)["logits"]
+        logits = _read_shard(path, len(index))
+        if logits is None:
+            logits = _run(model, rows, shard)[index]
+            try: _write_whole({"logits": logits}, path)
+            except (OSError, SafetensorError) as e: warnings.warn(f"{folder} cannot be written, so nothing is kept for next time: {e}")
         if out is None: out = torch.empty(len(rows), *logits.shape[1:])
         out[index] = logits
     return out

@@ -18,13 +18,14 @@ from torch.nn.utils.rnn import pack_padded_sequence
 
 from .data import fetch
 
-# %% ../nbs/models.ipynb #ebb22e45
+# %% ../nbs/models.ipynb #1b791257
 def _transformers():
     try: import transformers
     except ImportError as e:
         raise ImportError("text models need Hugging Face transformers: pip install 'kdbook[book]'") from e
     return transformers
 
+# %% ../nbs/models.ipynb #a46b0a20
 def _hub(load, name:str|Path, **settings):
     "`load(name, **settings)`; where that fails, one sentence about `name`."
     from huggingface_hub.errors import HFValidationError
@@ -52,7 +53,7 @@ def load_tokenizer(
     if name == "minilm": return auto.from_pretrained(fetch("minilm"), local_files_only=True)
     return _hub(auto.from_pretrained, name)
 
-# %% ../nbs/models.ipynb #e8b50166
+# %% ../nbs/models.ipynb #af304490
 @contextmanager
 def _seeded(
     seed:int, # of everything drawn inside the block
@@ -62,6 +63,7 @@ def _seeded(
         torch.default_generator.manual_seed(seed) # torch.manual_seed would also reseed the GPUs
         yield
 
+# %% ../nbs/models.ipynb #70654507
 def _whole(**values:int):
     "Refuses values that are not whole numbers from 1 up."
     for name, value in values.items():
@@ -125,7 +127,7 @@ def pca_embeddings(
     projected = centred @ (basis*largest.sign()).float()
     return projected * (std/projected.std())
 
-# %% ../nbs/models.ipynb #4b2f31e8
+# %% ../nbs/models.ipynb #a9169cf3
 def _vocabulary(teacher=None):
     "Word embeddings and tokenizer of `teacher`, or of MiniLM as downloaded."
     if teacher is not None: return teacher.get_input_embeddings().weight.detach().cpu(), teacher.tokenizer
@@ -133,12 +135,14 @@ def _vocabulary(teacher=None):
     with safe_open(fetch("minilm")/"model.safetensors", "pt") as f:
         return f.get_tensor("embeddings.word_embeddings.weight"), load_tokenizer()
 
+# %% ../nbs/models.ipynb #ec78d4cf
 def _fill(layer:nn.Embedding, words:Tensor, kind:str, freeze:bool, std:float):
     "Writes the chosen word embeddings into `layer`."
     if kind not in ("pca", "random"): raise ValueError(f"embeddings must be 'pca' or 'random'; got {kind!r}")
     if kind == "pca": layer.weight.data.copy_(pca_embeddings(words, layer.embedding_dim, std))
     layer.weight.requires_grad_(not freeze)
 
+# %% ../nbs/models.ipynb #15567124
 def _share(**values:float):
     "Refuses values outside 0 <= value < 1."
     for name, value in values.items():
@@ -183,12 +187,13 @@ def student(
     model.tokenizer = tokenizer
     return model.eval()
 
-# %% ../nbs/models.ipynb #18292ed9
+# %% ../nbs/models.ipynb #3314176d
 class Output(NamedTuple):
     "What the models without Transformers return; Hugging Face's outputs have these two names as well."
     logits:Tensor # (batch, num_labels)
     hidden_states:tuple|None = None # one tensor per layer, from models that give them
 
+# %% ../nbs/models.ipynb #b8f7e221
 class _TextNet(nn.Module):
     "Words, then `features(words, mask)`, which a subclass defines, then a linear layer."
     def __init__(self, width, num_labels, embeddings, freeze_embeddings, dropout, teacher):

@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['Progress', 'Loss', 'Objective', 'CrossEntropy', 'Hinton', 'LogitMSE', 'Stage', 'Recipe', 'stage_name', 'describe',
-           'Callback', 'lr_factor', 'mix_seed', 'LengthBuckets', 'check_recipe', 'stage_rows', 'score', 'Run', 'fit']
+           'Callback', 'lr_factor', 'mix_seed', 'LengthBuckets', 'stage_rows', 'check_recipe', 'score', 'Run', 'fit']
 
-# %% ../nbs/training.ipynb #454ee4e6
-import copy, hashlib, json, os
+# %% ../nbs/training.ipynb #b6a26593
+import copy, hashlib, os, re
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Callable, Literal, Protocol
@@ -106,16 +106,18 @@ class Recipe:
     callbacks:tuple["Callback",...]=() # called at fixed points of the run
     keep:Literal["all","last"]="all" # the best weights of all stages, or of the last one only
 
-# %% ../nbs/training.ipynb #8c0e30e9
+# %% ../nbs/training.ipynb #1971d51e
 def stage_name(stage:Stage)->str: # for people
     "The stage's name, or its objective's class."
     return stage.name or type(stage.objective).__name__
 
 def describe(recipe:Recipe)->str: # text that changes when the recipe does
     "The recipe's settings, objectives and callbacks included."
-    show = lambda o: f"{type(o).__name__}({', '.join(f'{k}={v!r}' for k, v in sorted(vars(o).items()) if not k.startswith('_'))})"
+    def show(o, state=()):  # what a callback saves as state is no setting, nor is an address in memory
+        settings = ", ".join(f"{k}={v!r}" for k, v in sorted(vars(o).items()) if not k.startswith("_") and k not in state)
+        return re.sub(" at 0x[0-9a-f]+", "", f"{getattr(o, '__qualname__', type(o).__name__)}({settings})")
     parts = [", ".join(f"{k}={show(v) if k == 'objective' else v!r}" for k, v in vars(s).items()) for s in recipe.stages]
-    return " | ".join([*parts, *map(show, recipe.callbacks), f"keep={recipe.keep}"])
+    return " | ".join([*parts, *(show(c, c.state_dict()) for c in recipe.callbacks), f"keep={recipe.keep}"])
 
 # %% ../nbs/training.ipynb #534578a7
 class Callback:
@@ -169,14 +171,27 @@ class LengthBuckets(torch.utils.data.Sampler):
             batches += [pool[i:i + size] for i in range(0, len(pool), size)]
         return iter([batches[i] for i in torch.randperm(len(batches), generator=g)])
 
-# %% ../nbs/training.ipynb #8bef8828
+# %% ../nbs/training.ipynb #7a8175e9
+def stage_rows(
+    stage:Stage, # says whether it needs labels
+    train:"datasets.Dataset", # all rows
+)->list[int]: # row numbers
+    "The rows a stage trains on."
+    if getattr(stage.objective, "rows", "all") == "all": return list(range(len(train)))
+    return [i for i, label in enumerate(train["label"]) if label != -100]
+
+# %% ../nbs/training.ipynb #24a066d9
 _MAKES = {"teacher_logits": "annotate(train, teacher)", "teacher_trail": "annotate(train, 'minilm-movies')", "label": "load_task(...)"}
 
 def check_recipe(
     recipe:Recipe, # what is about to run
     train:"datasets.Dataset", # what it is about to run on
+    validation:"datasets.Dataset|None"=None, # what chooses the kept weights
 )->None:
     "Raise `ValueError` naming the first thing that cannot work, before any time is spent."
+    if not len(train): raise ValueError("the training data has no rows")
+    if validation is not None and ("label" not in validation.column_names or all(label == -100 for label in validation["label"])):
+        raise ValueError(f"the validation data has no labelled rows ({len(validation)} rows, columns {validation.column_names}): give some, or None")
     if not recipe.stages: raise ValueError("the recipe has no stages: Recipe((Stage(objective, epochs=3),))")
     for stage in recipe.stages:
         who = stage_name(stage)
@@ -186,20 +201,14 @@ def check_recipe(
                                  f"{_MAKES.get(name, 'the chapter of that method')} makes it")
         for name, low in (("epochs", 1), ("batch_size", 1), ("validate_every", 1)):
             if getattr(stage, name) < low: raise ValueError(f"stage {who!r}: {name} must be >= {low}, got {getattr(stage, name)}")
+        for name in ("clip", "weight_decay"):
+            if getattr(stage, name) < 0: raise ValueError(f"stage {who!r}: {name} must be >= 0, got {getattr(stage, name)}")
         if stage.lr <= 0: raise ValueError(f"stage {who!r}: lr must be > 0, got {stage.lr}")
         if not 0 <= stage.warmup < 1: raise ValueError(f"stage {who!r}: warmup must be in [0, 1), got {stage.warmup}")
         if stage.schedule not in ("linear", "constant"):
             raise ValueError(f'stage {who!r}: schedule must be "linear" or "constant", got {stage.schedule!r}')
         if not stage_rows(stage, train): raise ValueError(f"stage {who!r} needs labelled rows, but all {len(train)} labels are -100")
     if recipe.keep not in ("all", "last"): raise ValueError(f'keep must be "all" or "last", got {recipe.keep!r}')
-
-def stage_rows(
-    stage:Stage, # says whether it needs labels
-    train:"datasets.Dataset", # all rows
-)->list[int]: # row numbers
-    "The rows a stage trains on."
-    if getattr(stage.objective, "rows", "all") == "all": return list(range(len(train)))
-    return [i for i, label in enumerate(train["label"]) if label != -100]
 
 # %% ../nbs/training.ipynb #d4807ab7
 def score(
@@ -239,7 +248,7 @@ class Run:
         left.set_ylabel("training loss"); left.legend(frameon=False); fig.tight_layout(); plt.close(fig)
         return fig
 
-# %% ../nbs/training.ipynb #21701c69
+# %% ../nbs/training.ipynb #5e7344fd
 @dataclass
 class _Loop:
     "Everything one call of `fit` carries around."
@@ -258,13 +267,13 @@ class _Loop:
     optimizer:Any = None
     scheduler:Any = None
 
-    def bare(self)->nn.Module: return self.accelerator.unwrap_model(self.model, keep_fp32_wrapper=False)
+    def bare(self)->nn.Module: return self.accelerator.unwrap_model(self.model)
     def say(self, text:str)->None:
         if self.progress and self.accelerator.is_main_process:
             from tqdm.auto import tqdm
             tqdm.write(text)
 
-# %% ../nbs/training.ipynb #8b12047c
+# %% ../nbs/training.ipynb #f09bbc82
 def _parameter_groups(model:nn.Module, weight_decay:float)->list[dict[str,Any]]:
     trained = [p for p in model.parameters() if p.requires_grad]
     if not trained: raise ValueError(f"{type(model).__name__} has no parameter with requires_grad: unfreeze some")
@@ -274,22 +283,27 @@ def _parameter_groups(model:nn.Module, weight_decay:float)->list[dict[str,Any]]:
 def _start_stage(loop:_Loop, stage:Stage, number:int, index:list[int])->Any:
     "A loader, a fresh optimiser and a fresh schedule for `stage`."
     sampler = LengthBuckets([loop.rows.lengths[i] for i in index], stage.batch_size, mix_seed(loop.seed, number))
-    loader = torch.utils.data.DataLoader(index, batch_sampler=sampler, collate_fn=loop.rows.batch)
+    rank, processes = loop.accelerator.process_index, loop.accelerator.num_processes
+    def mine(rows):  # each process takes its part of every batch: the same updates on one process or on eight
+        part = rows[rank::processes]
+        return loop.rows.batch(part or rows[:1]), processes * len(part) / len(rows)
+    loader = torch.utils.data.DataLoader(index, batch_sampler=sampler, collate_fn=mine)
     optimizer = torch.optim.AdamW(_parameter_groups(loop.bare(), stage.weight_decay), lr=stage.lr)
-    loop.optimizer, loader = loop.accelerator.prepare(optimizer, loader)
+    loop.optimizer = loop.accelerator.prepare(optimizer)
     steps = stage.epochs * len(loader)
     factor = lambda step: lr_factor(step, steps, stage.warmup, stage.schedule)
     loop.scheduler = torch.optim.lr_scheduler.LambdaLR(loop.optimizer.optimizer, factor)
     return loader, sampler
 
-# %% ../nbs/training.ipynb #3729ecf7
-def _update(loop:_Loop, stage:Stage, batch:dict[str,Tensor], progress:Progress)->dict[str,Tensor]:
-    "One optimiser step; returns the loss and its parts."
+# %% ../nbs/training.ipynb #1da5c6b5
+def _update(loop:_Loop, stage:Stage, batch:dict[str,Tensor], weight:float, progress:Progress)->dict[str,Tensor]:
+    "One optimiser step; `weight` makes the mean over processes the mean over rows. Returns the loss and its parts."
+    batch = {name: value.to(loop.accelerator.device) for name, value in batch.items()}
     size, sums = len(next(iter(batch.values()))), {}
     pieces = zip(*(v.chunk(loop.micro_batches) for v in batch.values())) if loop.micro_batches > 1 else [tuple(batch.values())]
     for piece in pieces:
         piece = dict(zip(batch, piece))
-        share = len(next(iter(piece.values()))) / size
+        share = weight * len(next(iter(piece.values()))) / size
         loss = stage.objective(loop.model, piece, progress)
         loop.accelerator.backward(loss.total * share)
         for name, value in {"loss": loss.total, **loss.parts}.items():
@@ -298,38 +312,41 @@ def _update(loop:_Loop, stage:Stage, batch:dict[str,Tensor], progress:Progress)-
     loop.optimizer.step(); loop.scheduler.step(); loop.optimizer.zero_grad()
     return sums
 
-# %% ../nbs/training.ipynb #afd370d8
+# %% ../nbs/training.ipynb #642949a3
 def _epoch(loop:_Loop, stage:Stage, number:int, epoch:int, loader:Any, sampler:LengthBuckets, bar:Any)->dict[str,float]:
     "One pass over the stage's rows; returns the mean of every named scalar."
     # Each epoch starts from a seed of its own, so a resumed run needs no saved generator state.
     torch.manual_seed(mix_seed("epoch", loop.seed, number, epoch, loop.accelerator.process_index))
-    loader.set_epoch(epoch); sampler.set_epoch(epoch)  # Accelerate's loader would set its own count, the wrapped sampler is not told
+    sampler.set_epoch(epoch)
     loop.model.train()
     per_epoch, sums = len(loader), {}
-    for i, batch in enumerate(loader):
+    for i, (batch, weight) in enumerate(loader):
         step = epoch * per_epoch + i
         progress = Progress(epoch, stage.epochs, step, stage.epochs * per_epoch)
-        for name, value in _update(loop, stage, batch, progress).items(): sums[name] = sums.get(name, 0.0) + value
+        for name, value in _update(loop, stage, batch, weight, progress).items(): sums[name] = sums.get(name, 0.0) + value
         for callback in loop.run.recipe.callbacks: callback.after_step(loop.run, replace(progress, step=step + 1))
         bar.update()
+    if loop.accelerator.num_processes > 1:
+        totals = torch.tensor([float(v) for v in sums.values()], device=loop.accelerator.device)
+        sums = dict(zip(sums, loop.accelerator.reduce(totals, "mean")))
     means = {name: float(value) / per_epoch for name, value in sums.items()}
     if means["loss"] != means["loss"] or abs(means["loss"]) == float("inf"):
         raise FloatingPointError(f"stage {stage_name(stage)!r}, epoch {epoch + 1}: the loss became {means['loss']} at lr {stage.lr}: lower lr")
     return means
 
-# %% ../nbs/training.ipynb #7ddfa03c
+# %% ../nbs/training.ipynb #5e724644
 def _weights(model:nn.Module)->dict[str,Tensor]: return {k: v.detach().cpu().clone() for k, v in model.state_dict().items()}
 
 def _validate(loop:_Loop, row:dict[str,Any])->None:
     "Score the student, and keep its weights where they are the best so far."
     if loop.validation is None: return
     logits = _run(loop.bare(), loop.validation, length_sorted(loop.validation.lengths, 64))
-    row["val_score"] = loop.metric(logits, loop.validation.dense["labels"])
+    row["val_score"] = float(loop.metric(logits, loop.validation.dense["labels"]))
     if loop.run.best is None or row["val_score"] > loop.run.best["score"]:
         loop.run.best = dict(stage=row["stage"], epoch=row["epoch"], row=len(loop.run.history), score=row["val_score"])
         loop.best_weights = _weights(loop.bare())
 
-# %% ../nbs/training.ipynb #339ce55b
+# %% ../nbs/training.ipynb #2bcae670
 def _save(loop:_Loop, stage:int, epoch:int)->None:
     "Write the state after `epoch` epochs of `stage` under a temporary name, then rename."
     if loop.folder is None or not loop.accelerator.is_main_process: return
@@ -339,7 +356,7 @@ def _save(loop:_Loop, stage:int, epoch:int)->None:
                  callbacks=[c.state_dict() for c in loop.run.recipe.callbacks],
                  scaler=loop.accelerator.scaler.state_dict() if loop.accelerator.scaler else None)
     loop.folder.mkdir(parents=True, exist_ok=True)
-    temporary = loop.folder / f".last.{os.getpid()}"
+    temporary = loop.folder / ".last.part"  # one name: what a killed run left is written over
     with open(temporary, "wb") as f:
         torch.save(state, f); f.flush(); os.fsync(f.fileno())
     os.replace(temporary, loop.folder / "last.pt")
@@ -392,25 +409,29 @@ def _run_stage(loop:_Loop, number:int, index:list[int], state:dict[str,Any]|None
     for callback in loop.run.recipe.callbacks: callback.after_stage(loop.run, progress)
     if stage.reload_best and loop.best_weights is not None: loop.bare().load_state_dict(loop.best_weights)
 
-# %% ../nbs/training.ipynb #df992e0d
+# %% ../nbs/training.ipynb #481a199b
 def _prepare(student:nn.Module, recipe:Recipe, train:Any, validation:Any, seed:int, tokenizer:Any, max_length:int, metric:Callable,
              checkpoint:str|Path|None, micro_batches:int, mixed_precision:str, progress:bool)->_Loop:
-    try: from accelerate import Accelerator, DataLoaderConfiguration
+    try:
+        from accelerate import Accelerator
+        from accelerate.state import AcceleratorState
     except ImportError as e: raise ImportError("fit needs accelerate: pip install 'kdbook[book]'") from e
     if micro_batches < 1: raise ValueError(f"micro_batches must be >= 1, got {micro_batches}")
-    # A batch is shared out among the processes, so a recipe means the same updates on one process or on eight.
-    accelerator = Accelerator(mixed_precision=mixed_precision, dataloader_config=DataLoaderConfiguration(split_batches=True))
+    # Accelerate holds one precision per process and refuses a second one; two calls of `fit` may well differ.
+    if AcceleratorState._shared_state and AcceleratorState().mixed_precision != mixed_precision: AcceleratorState._reset_state()
+    accelerator = Accelerator(mixed_precision=mixed_precision)
     shared = getattr(student, "tokenizer", None)
     student = copy.deepcopy(student, {id(shared): shared})  # tokenizers hold no weights and are slow to copy
     columns = sorted({"label", *(c for s in recipe.stages for c in getattr(s.objective, "requires", ()))})
     pad = _pad_id(student, tokenizer)
     rows = Rows(encode(train, student, tokenizer, max_length), columns, pad)
     val = None if validation is None else Rows(encode(validation, student, tokenizer, max_length), ("label",), pad)
-    key = hashlib.sha256(f"{describe(recipe)} {seed} {micro_batches} {mixed_precision} {fingerprint(student, rows, 0)}".encode()).hexdigest()
+    judge = "" if val is None else f"{getattr(metric, '__qualname__', type(metric).__name__)} {fingerprint(nn.Identity(), val, 0)}"
+    key = hashlib.sha256(f"{describe(recipe)} {seed} {micro_batches} {mixed_precision} {fingerprint(student, rows, 0)} {judge}".encode()).hexdigest()
     return _Loop(Run(student, recipe), accelerator, rows, val, metric, seed, micro_batches, Path(checkpoint) if checkpoint else None,
                  progress, key, model=accelerator.prepare(student))
 
-# %% ../nbs/training.ipynb #65967f24
+# %% ../nbs/training.ipynb #b28ab9f3
 def fit(
     student:nn.Module, # left untouched: a copy is trained
     recipe:Recipe, # stages and callbacks
@@ -429,7 +450,7 @@ def fit(
     """Train a copy of `student` by `recipe`; the result depends only on the arguments.
 
     Raises `ValueError` for a recipe that cannot run on `train`, and for a checkpoint of another run."""
-    check_recipe(recipe, train)
+    check_recipe(recipe, train, validation)
     loop = _prepare(student, recipe, train, validation, seed, tokenizer, max_length, metric, checkpoint, micro_batches, mixed_precision, progress)
     with torch.random.fork_rng():
         state = _load(loop)
@@ -438,5 +459,5 @@ def fit(
             _run_stage(loop, number, stage_rows(stage, train), state)
             state = None
     if loop.best_weights is not None: loop.bare().load_state_dict(loop.best_weights)
-    loop.run.student = loop.bare().eval()
+    loop.run.student = loop.accelerator.unwrap_model(loop.model, keep_fp32_wrapper=False).eval()
     return loop.run
