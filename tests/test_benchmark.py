@@ -180,7 +180,7 @@ def test_ladder_resumes_and_refuses_to_mix(tiny, monkeypatch):
     assert [r.method for r in rungs] == [*b.BASELINES, "teacher"] and rungs[0].seeds == 3
     assert rungs[0].gain == b.paired_difference(b.correct("tiny", "alone"), b.correct("tiny", "hinton"))
     assert list(b.ladder_table("tiny", "hinton").index) == ["student alone", "plain KD", "logit MSE", "teacher"]
-    with pytest.raises(FileNotFoundError, match="python -m kdbook ladder annealing_kd --setting tiny"):
+    with pytest.raises(FileNotFoundError, match="python -m kdbook ladder logit_mse_labels --setting tiny"):
         b.ladder_table("tiny", "annealing_kd")
 
     for name, other in [("epochs", replace(TINY, epochs=(4, 2))), ("batch", replace(TINY, batch_size=10)), ("title", replace(TINY, title="other"))]:
@@ -297,7 +297,7 @@ def test_killed_in_the_middle_and_called_again(tmp_path):
 
 def test_a_failing_run_is_told_at_once(tmp_path):
     "The error comes up without waiting for all the other runs."
-    run = driver(tmp_path / "failing", 2, FAIL="101", DELAY="0.5")
+    run = driver(tmp_path / "failing", 2, FAIL="101", DELAY="2")
     _, errors = run.communicate(timeout=300)
     assert run.returncode != 0 and "made to fail" in errors
     assert len(records(tmp_path / "failing")) < 6, "the rest of the search was cancelled"
