@@ -8,7 +8,7 @@ __all__ = ['SETTINGS', 'SEARCH_SEEDS', 'METHODS', 'BASELINES', 'LADDERS', 'TRAIL
            'record_path', 'read_record', 'run_one', 'chosen_lr', 'run_ladder', 'reported', 'correct', 'recorded',
            'Rung', 'ladder', 'ladder_table', 'ladder_plot', 'Trail', 'train_teacher', 'write_teacher_record']
 
-# %% ../nbs/benchmark.ipynb #025064c4
+# %% ../nbs/benchmark.ipynb #6e1e3e97
 import base64, json, os, platform, subprocess, sys, time, zlib
 from dataclasses import asdict, dataclass, field
 from functools import lru_cache
@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 import kdbook
 from . import annealing_kd
-from .distillation import annotate, predict_logits, results_dir
+from .distillation import annotate, predict_logits, results_dir, text_crc
 from .evaluation import Difference, accuracy, agreement, ece, nll, paired_difference
 from .training import Callback, CrossEntropy, Hinton, LogitMSE, Progress, Recipe, Run, Stage, describe, fit
 
@@ -231,7 +231,7 @@ def run_ladder(
     _run_all([(s, m, lr, seed) for s, m in searched for lr in setting_of(s).lrs for seed in SEARCH_SEEDS], jobs, "search")
     _run_all([(s, m, chosen_lr(s, m), seed) for seed in range(seeds) for s, m in pairs], jobs, "report")
 
-# %% ../nbs/benchmark.ipynb #4e4b6a53
+# %% ../nbs/benchmark.ipynb #d60be526
 def _run_all(runs:list[tuple], jobs:int, desc:str)->None:
     from concurrent.futures import ProcessPoolExecutor, as_completed
     from multiprocessing import get_context
@@ -246,7 +246,7 @@ def _run_all(runs:list[tuple], jobs:int, desc:str)->None:
             try:
                 for done in as_completed(waiting): done.result(); bar.update(setting_of(waiting[done][0]).updates)
             except BaseException:
-                pool.shutdown(wait=False, cancel_futures=True)  # one failed run is told now, not after all the others
+                pool.shutdown(cancel_futures=True)  # one failed run is told now, not after all the others
                 raise
     bar.close()
 
@@ -403,7 +403,7 @@ def train_teacher(
     run = fit(teacher("minilm", seed=seed), recipe, load_task("movies")["train"], seed=seed, checkpoint=trail.folder / "checkpoint")
     return run.student, trail, time.perf_counter() - started
 
-# %% ../nbs/benchmark.ipynb #0b8d86a4
+# %% ../nbs/benchmark.ipynb #c3b92115
 def write_teacher_record(model:nn.Module, trail:Trail, seconds:float)->Path: # the record's JSON file
     "Let every checkpoint of the trail write its logits, and store them under results/teacher."
     from datasets import concatenate_datasets
@@ -415,7 +415,7 @@ def write_teacher_record(model:nn.Module, trail:Trail, seconds:float)->Path: # t
     for step in trail.steps:
         model.load_state_dict(load_file(trail.path(step)))
         logits.append(torch.tensor(annotate(rows, model)["teacher_logits"]))
-    tensors = dict(idx=torch.tensor(rows["idx"]), trail=torch.stack(logits).half(), trail_steps=torch.tensor(trail.steps))
+    tensors = dict(idx=torch.tensor(rows["idx"]), text_crc=text_crc(rows), trail=torch.stack(logits).half(), trail_steps=torch.tensor(trail.steps))
     place, splits = {i: n for n, i in enumerate(rows["idx"])}, {}
     for split, data in task.items():
         known = split in ("train", "validation", "test")

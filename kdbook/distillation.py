@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['INPUTS', 'soft_targets', 'reduce_loss', 'soft_target_loss', 'hinton_loss', 'logit_mse', 'logits_of', 'forward',
-           'encode', 'Rows', 'length_sorted', 'predict_logits', 'fingerprint', 'annotate', 'results_dir']
+           'encode', 'Rows', 'length_sorted', 'predict_logits', 'fingerprint', 'annotate', 'text_crc', 'results_dir']
 
-# %% ../nbs/distillation.ipynb #f8faecd6
-import hashlib, json, os, warnings
+# %% ../nbs/distillation.ipynb #335ecef1
+import hashlib, os, warnings, zlib
 from pathlib import Path
 from typing import Any, Iterator, Literal
 import numpy as np
@@ -295,7 +295,14 @@ def annotate(
     else: logits = _run(teacher, rows, length_sorted(rows.lengths, batch_size), progress)
     return _with_column(dataset, "teacher_logits", logits)
 
-# %% ../nbs/distillation.ipynb #7f67f9fc
+# %% ../nbs/distillation.ipynb #b1e4b9ec
+def text_crc(
+    dataset:"datasets.Dataset", # rows with `text`; without it, every row gives 0
+)->Tensor: # (rows,) int64
+    "A checksum of each sentence, by which a record knows its rows."
+    if "text" not in dataset.column_names: return torch.zeros(len(dataset), dtype=torch.long)
+    return torch.tensor([zlib.crc32(text.encode()) for text in dataset["text"]])
+
 def results_dir()->Path: # folder
     "Where the committed records live: `$KDBOOK_RESULTS`, else `results/` of the checkout the package was installed from."
     import kdbook
@@ -310,6 +317,9 @@ def _from_record(dataset:"datasets.Dataset", name:str)->"datasets.Dataset":
         raise FileNotFoundError(f"no teacher record {path}; there are {sorted(p.stem for p in path.parent.glob('*.safetensors'))}")
     record = load_file(path)
     place = {int(i): n for n, i in enumerate(record["idx"])}
+    if "text" in dataset.column_names and "text_crc" in record:  # the numbers of other sources overlap
+        said = dict(zip(record["idx"].tolist(), record["text_crc"].tolist()))
+        place = {i: place[i] for i, crc in zip(dataset["idx"], text_crc(dataset).tolist()) if said.get(i) == crc}
     lost = [i for i in dataset["idx"] if i not in place]
     if lost: raise KeyError(f"record {name!r} lacks {len(lost)} of {len(dataset)} rows, first idx {lost[0]}: annotate them with a live teacher")
     trail = record["trail"][:, [place[i] for i in dataset["idx"]]].float()  # (checkpoints, rows, classes)

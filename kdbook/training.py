@@ -82,7 +82,7 @@ class LogitMSE:
         "`logit_mse` on the batch."
         return Loss(logit_mse(forward(student, batch), self.scale * batch["teacher_logits"]))
 
-# %% ../nbs/training.ipynb #3536fff6
+# %% ../nbs/training.ipynb #126545ce
 @dataclass(frozen=True)
 class Stage:
     "One objective, trained by one fresh optimiser."
@@ -95,7 +95,7 @@ class Stage:
     schedule:Literal["linear","constant"]="linear" # after warm-up: fall to zero, or stay
     clip:float=1.0 # largest norm of the gradient; 0: no clipping
     validate_every:int=1 # epochs between validations; the last epoch is always validated
-    reload_best:bool=True # end the stage on its best validated weights
+    reload_best:bool=True # end the stage on the best validated weights so far (of this stage only with keep="last")
     name:str="" # shown in the progress line; default: the objective's class
 
 # %% ../nbs/training.ipynb #ba4aad7f
@@ -431,7 +431,7 @@ def _prepare(student:nn.Module, recipe:Recipe, train:Any, validation:Any, seed:i
     return _Loop(Run(student, recipe), accelerator, rows, val, metric, seed, micro_batches, Path(checkpoint) if checkpoint else None,
                  progress, key, model=accelerator.prepare(student))
 
-# %% ../nbs/training.ipynb #b28ab9f3
+# %% ../nbs/training.ipynb #53ef35f7
 def fit(
     student:nn.Module, # left untouched: a copy is trained
     recipe:Recipe, # stages and callbacks
@@ -443,7 +443,7 @@ def fit(
     max_length:int=64, # tokens kept per row
     metric:Callable[[Tensor,Tensor],float]=score, # (logits, labels) -> higher is better
     checkpoint:str|Path|None=None, # folder; saved after each epoch, and resumed from when there is one
-    micro_batches:int=1, # pieces a batch is cut into, to save memory
+    micro_batches:int=1, # pieces a batch is cut into, to save memory; a mean over labelled rows is then one per piece
     mixed_precision:Literal["no","fp16","bf16"]="no", # as in Accelerate
     progress:bool=True, # a bar, and one line an epoch
 )->Run: # the trained copy, in evaluation mode, with its history
