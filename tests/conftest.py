@@ -1,5 +1,6 @@
 """Settings every test run shares."""
 import os
+import subprocess
 from importlib.metadata import version
 
 import pytest
@@ -36,3 +37,11 @@ def no_leftovers():
         os.environ.pop("IN_TEST", None)
     else:
         os.environ["IN_TEST"] = was
+
+
+@pytest.fixture
+def no_process(monkeypatch):
+    "Any new process is a failure."
+    def refuse(*args, **kwargs):
+        raise AssertionError(f"started a process: {args}")
+    return lambda: monkeypatch.setattr(subprocess, "Popen", refuse)
