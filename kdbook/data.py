@@ -382,7 +382,7 @@ def stratified_order(
     return sorted(order, key=place.__getitem__)
 
 # %% ../nbs/data.ipynb #16b60b09
-SPLITS = dict(movies=dict(train=8000, validation=541), digits=dict(train=1000, validation=300))  # the rest is test
+SPLITS = dict(movies=dict(train=8000, validation=541), digits=dict(train=600, validation=300))  # the rest is test
 
 def _cut(
     order:list, # row numbers

@@ -12,7 +12,7 @@ import kdbook.benchmark as b
 from kdbook.training import CrossEntropy, Recipe, Stage
 
 ROOT = Path(__file__).resolve().parent.parent
-TINY = b.Setting("tiny", "digits", 40, 20, (4, 1), 20, (1e-2, 3e-2), tau_max=2)
+TINY = b.Setting("tiny", "digits", 40, 20, (4, 1), 20, (1e-2, 3e-2), tau_max=2, student=(16,))
 REAL = [(s, m) for s in b.SETTINGS for m in b.METHODS]
 
 

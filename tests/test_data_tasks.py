@@ -147,7 +147,7 @@ def test_human_probs_are_shares(ratings):
 def test_digits(seed):
     pytest.importorskip("sklearn")
     task = load_task("digits", seed=seed)
-    assert {s: len(d) for s, d in task.items()} == dict(train=1000, validation=300, test=497)
+    assert {s: len(d) for s, d in task.items()} == dict(train=600, validation=300, test=897)
     assert sorted(sum((list(d["idx"]) for d in task.values()), [])) == list(range(1797))
     counts = [sum(list(d["label"]).count(c) for d in task.values()) for c in range(10)]
     for d in task.values():
