@@ -7,7 +7,6 @@ __all__ = ['phi', 'temperature_schedule', 'annealing_loss', 'AnnealingKD', 'reci
 
 # %% ../nbs/annealing_kd.ipynb #acebd254
 from typing import Literal
-import torch
 from torch import Tensor, nn
 from .distillation import forward, logit_mse
 from .training import CrossEntropy, Loss, Progress, Recipe, Stage
@@ -55,6 +54,10 @@ class AnnealingKD:
     ):
         if tau_max < 1: raise ValueError(f"tau_max must be >= 1, got {tau_max}")
         self.tau_max = tau_max
+
+    def check(self, stage:Stage, train:"datasets.Dataset")->None:
+        "Called by `fit` before it starts: the epochs of the stage must hold all temperatures."
+        temperature_schedule(stage.epochs, self.tau_max)
 
     def phi(self, progress:Progress)->float:
         "The scale in the epoch that `progress` is in; after the last one, that of the last."

@@ -4,10 +4,12 @@
 
 # %% auto #0
 __all__ = ['INPUTS', 'soft_targets', 'reduce_loss', 'soft_target_loss', 'hinton_loss', 'logit_mse', 'logits_of', 'forward',
-           'encode', 'Rows', 'length_sorted', 'predict_logits', 'fingerprint', 'annotate', 'text_crc', 'results_dir']
+           'encode', 'Rows', 'length_sorted', 'predict_logits', 'fingerprint', 'whole_file', 'save_tensors', 'annotate',
+           'text_crc', 'results_dir']
 
 # %% ../nbs/distillation.ipynb #335ecef1
 import hashlib, os, warnings, zlib
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Iterator, Literal
 import numpy as np
@@ -240,14 +242,27 @@ def fingerprint(
     return h.hexdigest()[:32]
 
 # %% ../nbs/distillation.ipynb #0dd3324b
-def _write_whole(tensors:dict[str,Tensor], path:Path)->None:
-    "Save under a temporary name, then rename: a reader sees the whole file or none."
-    from safetensors.torch import save_file
+@contextmanager
+def whole_file(
+    path:Path, # its folder is made
+)->Iterator[Path]: # where to write
+    "A temporary name beside `path`, renamed to it at the end of the block: a reader sees the whole file or none."
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    save_file(tensors, temporary)
-    os.replace(temporary, path)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")  # two processes may write the same file at once
+    try:
+        yield temporary
+        os.replace(temporary, path)
+    finally: temporary.unlink(missing_ok=True)
 
+def save_tensors(
+    tensors:dict[str,Tensor], # by name
+    path:Path, # its folder is made
+)->None:
+    "Write a safetensors file, whole or not at all."
+    from safetensors.torch import save_file
+    with whole_file(path) as temporary: save_file(tensors, temporary)
+
+# %% ../nbs/distillation.ipynb #bb6b807b
 def _read_shard(path:Path, size:int)->Tensor|None:
     "The logits in `path`; None where there are none, or the file is damaged."
     from safetensors import SafetensorError
@@ -267,7 +282,7 @@ def _cached_logits(model:nn.Module, rows:Rows, batch_size:int, folder:Path, prog
         logits = _read_shard(path, len(index))
         if logits is None:
             logits = _run(model, rows, shard)[index]
-            try: _write_whole({"logits": logits}, path)
+            try: save_tensors({"logits": logits}, path)
             except (OSError, SafetensorError) as e: warnings.warn(f"{folder} cannot be written, so nothing is kept for next time: {e}")
         if out is None: out = torch.empty(len(rows), *logits.shape[1:])
         out[index] = logits

@@ -14,7 +14,7 @@ from typing import Any, Callable, Literal, Protocol
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from .distillation import Rows, encode, fingerprint, forward, hinton_loss, length_sorted, logit_mse, _pad_id, _run
+from .distillation import Rows, encode, fingerprint, forward, hinton_loss, length_sorted, logit_mse, whole_file, _pad_id, _run
 
 # %% ../nbs/training.ipynb #3d48b3d9
 @dataclass(frozen=True)
@@ -181,7 +181,7 @@ def stage_rows(
     return [i for i, label in enumerate(train["label"]) if label != -100]
 
 # %% ../nbs/training.ipynb #24a066d9
-_MAKES = {"teacher_logits": "annotate(train, teacher)", "teacher_trail": "annotate(train, 'minilm-movies')", "label": "load_task(...)"}
+_MAKES = {"teacher_logits": "annotate(train, teacher)", "teacher_trail": "annotate_trail(train, teacher, trail)", "label": "load_task(...)"}
 
 def check_recipe(
     recipe:Recipe, # what is about to run
@@ -208,6 +208,7 @@ def check_recipe(
         if stage.schedule not in ("linear", "constant"):
             raise ValueError(f'stage {who!r}: schedule must be "linear" or "constant", got {stage.schedule!r}')
         if not stage_rows(stage, train): raise ValueError(f"stage {who!r} needs labelled rows, but all {len(train)} labels are -100")
+        if hasattr(stage.objective, "check"): stage.objective.check(stage, train)
     if recipe.keep not in ("all", "last"): raise ValueError(f'keep must be "all" or "last", got {recipe.keep!r}')
 
 # %% ../nbs/training.ipynb #d4807ab7
@@ -355,11 +356,8 @@ def _save(loop:_Loop, stage:int, epoch:int)->None:
                  best=loop.run.best, best_weights=loop.best_weights, history=loop.run.history,
                  callbacks=[c.state_dict() for c in loop.run.recipe.callbacks],
                  scaler=loop.accelerator.scaler.state_dict() if loop.accelerator.scaler else None)
-    loop.folder.mkdir(parents=True, exist_ok=True)
-    temporary = loop.folder / ".last.part"  # one name: what a killed run left is written over
-    with open(temporary, "wb") as f:
+    with whole_file(loop.folder / "last.pt") as temporary, open(temporary, "wb") as f:
         torch.save(state, f); f.flush(); os.fsync(f.fileno())
-    os.replace(temporary, loop.folder / "last.pt")
 
 # %% ../nbs/training.ipynb #ecf0fd03
 def _load(loop:_Loop)->dict[str,Any]|None:
@@ -426,8 +424,10 @@ def _prepare(student:nn.Module, recipe:Recipe, train:Any, validation:Any, seed:i
     pad = _pad_id(student, tokenizer)
     rows = Rows(encode(train, student, tokenizer, max_length), columns, pad)
     val = None if validation is None else Rows(encode(validation, student, tokenizer, max_length), ("label",), pad)
-    judge = "" if val is None else f"{getattr(metric, '__qualname__', type(metric).__name__)} {fingerprint(nn.Identity(), val, 0)}"
-    key = hashlib.sha256(f"{describe(recipe)} {seed} {micro_batches} {mixed_precision} {fingerprint(student, rows, 0)} {judge}".encode()).hexdigest()
+    key = ""
+    if checkpoint:  # what a checkpoint has to be a checkpoint of
+        judge = "" if val is None else f"{getattr(metric, '__qualname__', type(metric).__name__)} {fingerprint(nn.Identity(), val, 0)}"
+        key = hashlib.sha256(f"{describe(recipe)} {seed} {micro_batches} {mixed_precision} {fingerprint(student, rows, 0)} {judge}".encode()).hexdigest()
     return _Loop(Run(student, recipe), accelerator, rows, val, metric, seed, micro_batches, Path(checkpoint) if checkpoint else None,
                  progress, key, model=accelerator.prepare(student))
 
