@@ -8,7 +8,7 @@ __all__ = ['arguments', 'main', 'print_ladder']
 # %% ../nbs/command_line.ipynb #96b18fc9
 import sys
 from typing import Iterable
-from .benchmark import METHODS, SETTINGS, ladder_table, recorded, run_ladder, setting_of, train_teacher, write_teacher_record
+from .benchmark import LADDERS, METHODS, SETTINGS, ladder_table, recorded, run_ladder, setting_of, train_teacher, write_teacher_record
 from .data import fetch
 
 # %% ../nbs/command_line.ipynb #59b2e118
@@ -22,7 +22,7 @@ def arguments()->"argparse.ArgumentParser":
     run = commands.add_parser("ladder", help="run the missing records of a method and its baselines; resumable")
     table = commands.add_parser("table", help="print a method's ladder from its records")
     for command in (run, table):
-        command.add_argument("method", choices=sorted(METHODS), help="the top rung")
+        command.add_argument("method", choices=sorted({*METHODS, *LADDERS}), metavar="method", help="the top rung: " + ", ".join(LADDERS) + ", or any other method of the benchmark")
         command.add_argument("--setting", action="append", choices=sorted(SETTINGS), help="may be repeated; default: all")
     run.add_argument("--seeds", type=int, default=5, help="reported seeds (default 5)")
     run.add_argument("--jobs", type=int, default=1, help="runs at once, one thread each (default 1)")
@@ -42,7 +42,7 @@ def main(argv:list[str]|None=None)->int: # exit code
 # %% ../nbs/command_line.ipynb #2b8f8635
 def print_ladder(method:str, settings:Iterable[str])->None:
     "Print the tables of a method's ladder."
-    there = recorded(method)
+    there = recorded(method, among=SETTINGS)
     for name in settings:
         table = ladder_table(name, method).to_string() if name in there else f"no records of 3 seeds yet: python -m kdbook ladder {method} --setting {name}"
         print(f"{setting_of(name).title}\n\n{table}\n")

@@ -68,11 +68,12 @@ SEARCH_SEEDS = (100, 101)  # never among the reported ones
 
 # %% ../nbs/benchmark.ipynb #53c399b4
 def ladder_of(
-    method:str, # a key of METHODS
+    method:str, # a key of METHODS or of LADDERS
 )->tuple[str,...]: # rungs, bottom first
-    "The methods that `method` is compared with, itself last."
+    "The methods that `method` is compared with, itself last; \"all\" is every ladder in one."
+    if method in LADDERS: return LADDERS[method]
     if method not in METHODS: raise ValueError(f"no method {method!r}; there are {', '.join(METHODS)}")
-    return LADDERS.get(method, tuple(dict.fromkeys((*BASELINES, method))))
+    return tuple(dict.fromkeys((*BASELINES, method)))
 
 def setting_of(
     name:str, # a key of SETTINGS
@@ -130,6 +131,7 @@ LADDERS = {
     "progressive_kd": (*BASELINES, "logit_mse_labels", "annealing_kd", "progressive_kd"),
     "best_checkpoint": (*BASELINES, "logit_mse_labels", "trail_reversed", "trail_shuffled", "trail_mean", "best_checkpoint", "progressive_kd"),
 }
+LADDERS["all"] = tuple(dict.fromkeys(m for name, rungs in LADDERS.items() if name != "best_checkpoint" for m in rungs))
 
 # %% ../nbs/benchmark.ipynb #4e127ef1
 def training_rows(
@@ -340,13 +342,14 @@ def correct(
 def recorded(
     method:str="annealing_kd", # a key of METHODS
     seeds:int=3, # how many every rung must have
+    among:Iterable[str]=SMALL, # keys of SETTINGS
 )->list[str]: # keys of SETTINGS
     "The settings in which each rung of a method's ladder has at least `seeds` records."
     def complete(name:str, rung:str)->bool:
         stands = standing(name, rung)
         lr = stands and chosen_lr(name, stands)
         return bool(lr) and all(read_record(name, stands, lr, seed) for seed in range(seeds))
-    return [name for name in SETTINGS if all(complete(name, rung) for rung in ladder_of(method))]
+    return [name for name in among if all(complete(name, rung) for rung in ladder_of(method))]
 
 # %% ../nbs/benchmark.ipynb #7ca85951
 @dataclass(frozen=True)
@@ -409,7 +412,7 @@ def ladder_table(
 
 # %% ../nbs/benchmark.ipynb #6a210bc6
 def ladder_plot(
-    settings:Iterable[str]|None=None, # keys of SETTINGS, one panel each; default: those that have records
+    settings:Iterable[str]|None=None, # keys of SETTINGS, one panel each; default: those of the main student that have records
     method:str="annealing_kd", # a key of METHODS
 )->"matplotlib.figure.Figure":
     "Paired gains over plain KD, in points, with 95 % intervals; hollow where the interval holds zero."
@@ -417,7 +420,7 @@ def ladder_plot(
     from kdbook.plots import interval_plot, style
     names = list(settings or recorded(method))
     with style():
-        fig, axes = plt.subplots(1, len(names), figsize=(3.6 * len(names) + 1.4, 3.0), sharey=True, squeeze=False)
+        fig, axes = plt.subplots(1, len(names), figsize=(3.6 * len(names) + 1.4, 1.2 + .3 * len(ladder_of(method))), sharey=True, squeeze=False)
         for ax, name in zip(axes[0], names):
             rungs = [r for r in ladder(name, method) if r.gain is not None]
             interval_plot(ax, [r.method for r in rungs], *([100 * getattr(r.gain, k) for r in rungs] for k in ("mean", "low", "high")), fmt="{:+.1f}")
