@@ -61,7 +61,7 @@ SETTINGS = {
     "digits": Setting("digits", "digits", 300, 300, (70, 20), 30, (3e-3, 1e-2, 3e-2), student=(16,)),
     "same-rows-1x32": Setting("movies, same rows, very small student", "movies", 2000, 2000, (7, 2), 40, (1e-3, 2e-3), student=(1, 32)),
     "few-labels-1x32": Setting("movies, few labels, very small student", "movies", 8000, 2000, (3, 1), 40, (1e-3, 2e-3), tau_max=3, student=(1, 32)),
-    "digits-6": Setting("digits, very small student", "digits", 300, 300, (70, 20), 30, (3e-3, 1e-2, 3e-2), student=(6,)),
+    "digits-8": Setting("digits, very small student", "digits", 300, 300, (70, 20), 30, (3e-3, 1e-2, 3e-2), student=(8,)),
 }
 SMALL = ("same-rows", "few-labels", "digits")  # the book's main student; the other settings have a larger capacity gap
 SEARCH_SEEDS = (100, 101)  # never among the reported ones
