@@ -70,7 +70,7 @@ SEARCH_SEEDS = (100, 101)  # never among the reported ones
 def ladder_of(
     method:str, # a key of METHODS or of LADDERS
 )->tuple[str,...]: # rungs, bottom first
-    "The methods that `method` is compared with, itself last; \"all\" is every ladder in one."
+    "The methods that `method` is compared with, itself last; \"techniques\" are all techniques, \"all\" their controls as well."
     if method in LADDERS: return LADDERS[method]
     if method not in METHODS: raise ValueError(f"no method {method!r}; there are {', '.join(METHODS)}")
     return tuple(dict.fromkeys((*BASELINES, method)))
@@ -120,7 +120,7 @@ METHODS |= {
     "progressive_kd": Method("Pro-KD", lambda s, lr: progressive_kd.recipe(
         epochs=(s.epochs[0], s.on_labels(s.epochs[1])), lr=lr, batch_size=s.batch_size, label_validate_every=s.on_labels(1))),
     **{f"trail_{path}": Method(title, lambda s, lr, path=path: _then_labels(ProgressiveKD(path=path), s, lr))
-       for path, title in (("reversed", "trail reversed"), ("shuffled", "trail shuffled"), ("mean", "mean of the trail"))},
+       for path, title in (("detour", "trail by a detour"), ("reversed", "trail reversed"), ("shuffled", "trail shuffled"), ("mean", "mean of the trail"))},
     **{f"checkpoint_{j}": Method(f"checkpoint {j} alone", lambda s, lr, j=j: _then_labels(ProgressiveKD(path=j), s, lr), rate_of="logit_mse_labels")
        for j in range(1, 8)},
 }
@@ -129,9 +129,10 @@ LADDERS = {
     "annealing_kd": (*BASELINES, "logit_mse_labels", "constant_phi", "annealing_kd"),
     "continuation_kd": (*BASELINES, "annealing_kd", "continuation_no_margin", "continuation_printed", "continuation_kd"),
     "progressive_kd": (*BASELINES, "logit_mse_labels", "annealing_kd", "progressive_kd"),
-    "best_checkpoint": (*BASELINES, "logit_mse_labels", "trail_reversed", "trail_shuffled", "trail_mean", "best_checkpoint", "progressive_kd"),
+    "best_checkpoint": (*BASELINES, "logit_mse_labels", "trail_detour", "trail_reversed", "trail_shuffled", "trail_mean", "best_checkpoint", "progressive_kd"),
 }
 LADDERS["all"] = tuple(dict.fromkeys(m for name, rungs in LADDERS.items() if name != "best_checkpoint" for m in rungs))
+LADDERS["techniques"] = (*BASELINES, "annealing_kd", "continuation_kd", "progressive_kd")  # without their controls
 
 # %% ../nbs/benchmark.ipynb #4e127ef1
 def training_rows(
@@ -418,7 +419,8 @@ def ladder_plot(
     "Paired gains over plain KD, in points, with 95 % intervals; hollow where the interval holds zero."
     import matplotlib.pyplot as plt
     from kdbook.plots import interval_plot, style
-    names = list(settings or recorded(method))
+    names = list(recorded(method) if settings is None else settings)
+    if not names: raise ValueError(f"no setting to draw: python -m kdbook ladder {method}")
     with style():
         fig, axes = plt.subplots(1, len(names), figsize=(3.6 * len(names) + 1.4, 1.2 + .3 * len(ladder_of(method))), sharey=True, squeeze=False)
         for ax, name in zip(axes[0], names):

@@ -30,6 +30,7 @@ _METHODS = { # key: (colour, marker, name in the text)
     "progressive_kd":   ("#882255", "^", "Pro-KD"),
     "continuation_no_margin": ("#E69F00", "v", "Continuation-KD, margin 0"),
     "continuation_printed": ("#332288", "s", "Continuation-KD, as printed"),
+    "trail_detour":     ("#56B4E9", "D", "trail by a detour"),
     "trail_reversed":   ("#D55E00", "v", "trail reversed"),
     "trail_shuffled":   ("#E69F00", "s", "trail shuffled"),
     "trail_mean":       ("#009E73", "D", "mean of the trail"),

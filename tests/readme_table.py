@@ -11,9 +11,9 @@ PLACE = re.compile(r"(<!-- ladder -->\n).*?(<!-- /ladder -->)", re.S)
 def tables():
     "The movie settings that have records, as Markdown."
     parts = []
-    for name in recorded():
+    for name in recorded("techniques"):
         if SETTINGS[name].task != "movies": continue
-        table = ladder_table(name).drop(columns=["test nll", "seeds", "lr"]).reset_index()
+        table = ladder_table(name, "techniques").drop(columns=["test nll", "seeds", "lr"]).reset_index()
         rows = [list(table.columns), ["---"] * len(table.columns), *table.values.tolist()]
         parts.append(f"**{SETTINGS[name].title[0].upper()}{SETTINGS[name].title[1:]}**\n\n" + "\n".join(f"| {' | '.join(row)} |" for row in rows))
     return "\n\n".join(parts) + "\n"

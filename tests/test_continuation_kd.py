@@ -91,7 +91,7 @@ def test_schedule_reaches_the_whole_teacher_before_it_falls_silent(tau_max, epoc
 def test_printed_annealing_is_clipped():
     rows = ContinuationKD(10, psi=paper_psi, anneal="all").schedule(30)
     assert max(scale for scale, _ in rows) == 1 and max(scale for scale, weight in rows if weight < 1) == pytest.approx(phi(4, 10))
-    assert all(0 < scale <= 1 for n in range(1, 40) for tau in range(1, 12) for scale, _ in ContinuationKD(tau, psi=paper_psi, anneal="all").schedule(n))
+    assert all(0 < scale <= 1 for n in range(11, 40) for tau in range(1, 12) for scale, _ in ContinuationKD(tau, psi=paper_psi, anneal="all").schedule(n))
 
 
 @pytest.mark.parametrize("call, said", [
@@ -105,6 +105,10 @@ def test_printed_annealing_is_clipped():
     (lambda: ContinuationKD(2, psi=[0, .6, .5]).schedule(3), ["0.6", "0.5", "must not fall"]),
     (lambda: ContinuationKD(2, psi=lambda n: [-0.5] * n).schedule(3), ["-0.5", "[0, 1]"]),
     (lambda: linear_psi(9, 5, 5), ["start=5", "end=5"]),
+    (lambda: step_psi(3, 4), ["after=4", "epochs=3"]),
+    (lambda: ContinuationKD(hinge="row"), ["hinge", "row"]),
+    (lambda: ContinuationKD(5, psi=paper_psi, anneal="all").schedule(4), ["4 epochs", "5 temperatures"]),
+    (lambda: mixed_loss(logits(), logits(), torch.zeros(6).long(), .5, 1.5), ["psi", "1.5"]),
     (lambda: paper_psi(9, "squad"), ["squad"]),
     (lambda: recipe(tau_max=7, epochs=5), ["7", "4"]),
     (lambda: recipe(margin=-1), ["margin", "-1"]),

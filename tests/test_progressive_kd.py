@@ -9,7 +9,7 @@ from hypothesis import given, settings, strategies as st
 from kdbook.annealing_kd import AnnealingKD, phi
 from kdbook.distillation import soft_target_loss
 from kdbook.models import image_net
-from kdbook.progressive_kd import ProgressiveKD, Trail, annotate_trail, departure, footsteps, recipe
+from kdbook.progressive_kd import ProgressiveKD, Trail, annotate_trail, departure, footsteps, recipe, trail_target
 from kdbook.training import CrossEntropy, LogitMSE, Progress, Recipe, Stage, fit
 from test_annealing_kd import changed, images, same, train
 
@@ -74,8 +74,7 @@ def test_a_killed_teacher_leaves_whole_files(tmp_path):
 @FAST
 @given(st.integers(2, 12), st.integers(1, 400))
 def test_every_checkpoint_gets_its_share(checkpoints, steps):
-    trail, objective = torch.zeros(1, checkpoints, 2), ProgressiveKD()
-    shown = [objective.target(trail, Progress(step=s, steps=steps))[1] for s in range(steps)]
+    shown = [trail_target(torch.zeros(1, checkpoints, 2), s / steps)[1] for s in range(steps)]
     counts = [shown.count(j + 1.0) for j in range(checkpoints)]
     assert shown == sorted(shown) and sum(counts) == steps and max(counts) - min(counts) <= 1
 
@@ -84,13 +83,15 @@ def test_every_checkpoint_gets_its_share(checkpoints, steps):
 @given(st.integers(2, 12))
 def test_orders(checkpoints):
     forward = footsteps(checkpoints)
+    detour = footsteps(checkpoints, "detour")
+    assert sorted(detour) == forward and detour[-1] == forward[-1] and detour[:-1] == forward[-2::-1]
     assert footsteps(checkpoints, "reversed") == forward[::-1] and sorted(footsteps(checkpoints, "shuffled")) == forward
     assert [footsteps(checkpoints, j) for j in range(1, checkpoints + 1)] == [[j] for j in forward]
 
 
 def test_annealed_scales_are_annealing_kds():
     ones = torch.ones(1, 5, 2)
-    scales = [ProgressiveKD(phi="annealed").target(ones, Progress(step=s, steps=5))[0][0, 0].item() for s in range(5)]
+    scales = [trail_target(ones, s / 5, annealed=True)[0][0, 0].item() for s in range(5)]
     assert scales == pytest.approx([phi(t, 5) for t in (5, 4, 3, 2, 1)])
 
 
@@ -153,6 +154,10 @@ def test_jumps_add_up_to_at_least_the_whole_way():
     (lambda: ProgressiveKD(loss="kl", temperature=0), ["temperature", "0"]),
     (lambda: departure(torch.zeros(4, 1, 2)), ["(4, 1, 2)"]),
     (lambda: Trail((3, 3), "x"), ["(3, 3)"]),
+    (lambda: Trail((), "x"), ["()"]),
+    (lambda: Trail((0, 3), "x"), ["(0, 3)"]),
+    (lambda: trail_target(torch.zeros(4, 2), 0.), ["(4, 2)"]),
+    (lambda: ProgressiveKD(phi="annealed", path="mean"), ["mean", "annealed"]),
     (lambda: train(one(ProgressiveKD()), images()), ["teacher_trail", "annotate_trail"]),
     (lambda: train(one(ProgressiveKD(path=7)), trailed()[0]), ["path=7", "1 to 4"]),
     (lambda: train(one(ProgressiveKD()), changed(trailed()[0], "teacher_trail", trailed()[1][:, :1].tolist())), ["at least 2", "got 1"]),
