@@ -62,13 +62,14 @@ def paper_psi(
     if which == "cifar": return [min(1., i / (0.75 * epochs)) for i in range(1, epochs + 1)]
     return [0.75 * i / epochs if 3 * i <= 2 * epochs else 1. for i in range(1, epochs + 1)]
 
-# %% ../nbs/continuation_kd.ipynb #4a2a0642
+# %% ../nbs/continuation_kd.ipynb #c1837209
 def check_psi(
     psi:Sequence[float], # weights of the labels by epoch
     epochs:int, # how many there must be
 )->None:
     "Raise `ValueError` for a wrong number of weights, one outside [0, 1], or one that falls."
-    if len(psi) != epochs: raise ValueError(f"psi has {len(psi)} weights for {epochs} epochs: give one per epoch, or a function of the number of epochs")
+    if len(psi) != epochs:
+        raise ValueError(f"psi has {len(psi)} weights for {epochs} epochs: give one per epoch, or a function of the number of epochs")
     for i, weight in enumerate(psi):
         if not 0 <= weight <= 1: raise ValueError(f"psi must be in [0, 1], got {weight} in epoch {i + 1}")
         if i and weight < psi[i - 1]: raise ValueError(f"psi must not fall, got {psi[i - 1]} in epoch {i} and {weight} in epoch {i + 1}")
@@ -112,14 +113,14 @@ def stage_phi(
     else: temperatures = (temperature_schedule(heard, tau_max) if heard else []) + [1] * (epochs - heard)
     return [phi(T, tau_max) for T in temperatures]
 
-# %% ../nbs/continuation_kd.ipynb #bcd7062d
+# %% ../nbs/continuation_kd.ipynb #bfbb2c5d
 class ContinuationKD:
-    "The annealed hinge and the label loss in one objective. Raises `ValueError` for arguments out of range, and at the start of `fit` for a `psi` that falls."
+    "The annealed hinge and the labels in one objective. Raises `ValueError` for arguments out of range and an impossible `psi`."
     requires, rows = ("label", "teacher_logits"), "all"
     def __init__(self,
         tau_max:int=7, # largest temperature, >= 1
         margin:float=0.1, # >= 0, in squared logits
-        psi:Sequence[float]|Callable[[int],Sequence[float]]=linear_psi, # weights of the labels by epoch, or what makes them from the number of epochs
+        psi:Sequence[float]|Callable[[int],Sequence[float]]=linear_psi, # weights of the labels, or epochs -> weights
         hinge:Literal["sample","batch"]="sample", # as in `hinge_loss`
         anneal:Literal["teacher","all"]="teacher", # as in `stage_phi`
     ):

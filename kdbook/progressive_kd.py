@@ -39,7 +39,7 @@ class Trail(Callback):
         "Called by `fit` after each update."
         self.keep(run.student, progress.step)
 
-# %% ../nbs/progressive_kd.ipynb #7cfc2e0b
+# %% ../nbs/progressive_kd.ipynb #475a2589
 def annotate_trail(
     dataset:"datasets.Dataset", # rows with text, tokens or pixels
     model:nn.Module, # of the trail's architecture; its own weights are put back at the end
@@ -51,7 +51,9 @@ def annotate_trail(
     Raises `FileNotFoundError` naming a checkpoint that is not there, and `RuntimeError` for a model of another architecture."""
     from safetensors.torch import load_file
     for step in trail.steps:
-        if not trail.path(step).exists(): raise FileNotFoundError(f"the trail has no weights after {step} updates ({trail.path(step)}): train the teacher with it first, for at least {trail.steps[-1]} updates")
+        if not trail.path(step).exists():
+            raise FileNotFoundError(f"the trail has no weights after {step} updates ({trail.path(step)}): train the teacher with it "
+                                    f"first, for at least {trail.steps[-1]} updates")
     own, logits = {k: v.clone() for k, v in model.state_dict().items()}, []
     try:
         for step in trail.steps:
@@ -70,7 +72,7 @@ def departure(
     dot, norm = flat @ flat[-1], flat.norm(dim=1).clamp(min=1e-30)
     return (1 - dot / (norm * norm[-1])).clamp(0, 2), dot / norm[-1] ** 2
 
-# %% ../nbs/progressive_kd.ipynb #9a3f155b
+# %% ../nbs/progressive_kd.ipynb #efb427d3
 def footsteps(
     checkpoints:int, # of the trail, at least 2
     path:Literal["forward","reversed","shuffled","detour"]|int="forward", # the order, or the one checkpoint to stay with, counted from 1
@@ -80,7 +82,8 @@ def footsteps(
     "shuffled" is one fixed order; "detour" is reversed, but with the finished teacher at its end.
 
     Raises `ValueError` for a single checkpoint, an unknown path, and a number that is not one of the trail's."""
-    if checkpoints < 2: raise ValueError(f"a trail needs at least 2 checkpoints to be followed, got {checkpoints}: with one teacher use LogitMSE")
+    if checkpoints < 2:
+        raise ValueError(f"a trail needs at least 2 checkpoints to be followed, got {checkpoints}: with one teacher use LogitMSE")
     if isinstance(path, int):
         if not 1 <= path <= checkpoints: raise ValueError(f"path={path}, but the trail has checkpoints 1 to {checkpoints}")
         return [path - 1]
@@ -106,9 +109,9 @@ def trail_target(
     scale = phi(len(order) - place, len(order)) if annealed else 1.0
     return scale * trail[:, order[place]], order[place] + 1.0
 
-# %% ../nbs/progressive_kd.ipynb #78f941e3
+# %% ../nbs/progressive_kd.ipynb #dd707f97
 class ProgressiveKD:
-    "Stage I: follow the checkpoints one after another. Raises `ValueError` for unknown choices, and at the start of `fit` for a trail that cannot be followed."
+    "Stage I: follow the checkpoints one after another. Raises `ValueError` for unknown choices and for trails that cannot be followed."
     requires, rows = ("teacher_trail",), "all"
     def __init__(self,
         phi:Literal["none","annealed"]="none", # scale of the k-th of n targets: 1, or k/n
@@ -126,14 +129,16 @@ class ProgressiveKD:
     def check(self, stage:Stage, train:"datasets.Dataset")->None:
         "Called by `fit` before it starts: every row must have the same number of checkpoints, two or more."
         found = sorted({len(row) for row in train["teacher_trail"]})
-        if len(found) > 1: raise ValueError(f"all rows must have a trail of one length, got {found[0]} and {found[-1]} checkpoints: annotate them with one teacher")
+        if len(found) > 1:
+            raise ValueError(f"all rows must have a trail of one length, got {found[0]} and {found[-1]} checkpoints: annotate them with one teacher")
         footsteps(found[0], "forward" if self.path == "mean" else self.path)
 
     def __call__(self, student:nn.Module, batch:dict[str,Tensor], progress:Progress)->Loss:
         "Distance to the present checkpoint."
         target, number = trail_target(batch["teacher_trail"], progress.t, self.path, self.phi == "annealed")
         logits = forward(student, batch)
-        return Loss(soft_target_loss(logits, target, self.temperature) if self.loss == "kl" else annealing_loss(logits, target), {"checkpoint": number})
+        total = soft_target_loss(logits, target, self.temperature) if self.loss == "kl" else annealing_loss(logits, target)
+        return Loss(total, {"checkpoint": number})
 
 # %% ../nbs/progressive_kd.ipynb #89aa4387
 def recipe(
