@@ -34,7 +34,7 @@ def hinge_loss(
     if hinge == "batch": distance = distance.mean()
     return reduce_loss((distance - margin * phi).clamp(min=0), reduction)
 
-# %% ../nbs/continuation_kd.ipynb #7cb5be69
+# %% ../nbs/continuation_kd.ipynb #987363e0
 def linear_psi(
     epochs:int, # of the stage, >= 2 with the defaults
     start:int=1, # the last epoch with weight 0, from 0
@@ -45,6 +45,7 @@ def linear_psi(
     if start < 0 or end <= start: raise ValueError(f"the hand-over must end after it starts, got start={start}, end={end} of {epochs} epochs")
     return [min(1., max(0., (epoch - start) / (end - start))) for epoch in range(1, epochs + 1)]
 
+# %% ../nbs/continuation_kd.ipynb #8850bbc3
 def step_psi(
     epochs:int, # of the stage
     after:int, # epochs with weight 0, 0 to `epochs`
@@ -53,6 +54,7 @@ def step_psi(
     if not 0 <= after <= epochs: raise ValueError(f"after must be in 0..epochs, got after={after}, epochs={epochs}")
     return linear_psi(epochs, after, after + 1)
 
+# %% ../nbs/continuation_kd.ipynb #4339abd0
 def paper_psi(
     epochs:int, # of the stage
     which:Literal["glue","cifar"]="glue", # the schedule printed for these tasks
@@ -62,7 +64,7 @@ def paper_psi(
     if which == "cifar": return [min(1., i / (0.75 * epochs)) for i in range(1, epochs + 1)]
     return [0.75 * i / epochs if 3 * i <= 2 * epochs else 1. for i in range(1, epochs + 1)]
 
-# %% ../nbs/continuation_kd.ipynb #c1837209
+# %% ../nbs/continuation_kd.ipynb #55940f07
 def check_psi(
     psi:Sequence[float], # weights of the labels by epoch
     epochs:int, # how many there must be
@@ -74,7 +76,7 @@ def check_psi(
         if not 0 <= weight <= 1: raise ValueError(f"psi must be in [0, 1], got {weight} in epoch {i + 1}")
         if i and weight < psi[i - 1]: raise ValueError(f"psi must not fall, got {psi[i - 1]} in epoch {i} and {weight} in epoch {i + 1}")
 
-# %% ../nbs/continuation_kd.ipynb #150e37d1
+# %% ../nbs/continuation_kd.ipynb #0fa8dff1
 def mixed_loss(
     student_logits:Tensor, # (batch, num_labels), or (batch, 1) for regression
     teacher_logits:Tensor, # same shape; receives no gradient
@@ -98,7 +100,7 @@ def mixed_loss(
         parts["label_loss"] = hard.detach(); terms.append(psi * hard)
     return Loss(sum(terms) if terms else student_logits.sum() * 0, parts)
 
-# %% ../nbs/continuation_kd.ipynb #2c242c69
+# %% ../nbs/continuation_kd.ipynb #ee8d8d20
 def stage_phi(
     psi:Sequence[float], # weight of the labels by epoch
     tau_max:int, # largest temperature, >= 1
@@ -113,7 +115,7 @@ def stage_phi(
     else: temperatures = (temperature_schedule(heard, tau_max) if heard else []) + [1] * (epochs - heard)
     return [phi(T, tau_max) for T in temperatures]
 
-# %% ../nbs/continuation_kd.ipynb #bfbb2c5d
+# %% ../nbs/continuation_kd.ipynb #fc8a7c7b
 class ContinuationKD:
     "The annealed hinge and the labels in one objective. Raises `ValueError` for arguments out of range and an impossible `psi`."
     requires, rows = ("label", "teacher_logits"), "all"
@@ -144,7 +146,7 @@ class ContinuationKD:
         now = self._schedules[progress.epochs][min(progress.epoch, progress.epochs - 1)]
         return mixed_loss(forward(student, batch), batch["teacher_logits"], batch["labels"], *now, self.margin, self.hinge)
 
-# %% ../nbs/continuation_kd.ipynb #81cb63d2
+# %% ../nbs/continuation_kd.ipynb #188890d0
 def recipe(
     tau_max:int=7, # largest temperature, >= 1
     margin:float=0.1, # >= 0, of the hinge, in squared logits
