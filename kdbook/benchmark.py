@@ -422,11 +422,12 @@ def ladder_plot(
     names = list(recorded(method) if settings is None else settings)
     if not names: raise ValueError(f"no setting to draw: python -m kdbook ladder {method}")
     with style():
-        fig, axes = plt.subplots(1, len(names), figsize=(3.6 * len(names) + 1.4, 1.2 + .3 * len(ladder_of(method))), sharey=True, squeeze=False)
-        for ax, name in zip(axes[0], names):
+        fig, axes = plt.subplots(len(names), 1, figsize=(6.6, (.9 + .28 * len(ladder_of(method))) * len(names)), squeeze=False)
+        for ax, name in zip(axes[:, 0], names):
             rungs = [r for r in ladder(name, method) if r.gain is not None]
             interval_plot(ax, [r.method for r in rungs], *([100 * getattr(r.gain, k) for r in rungs] for k in ("mean", "low", "high")), fmt="{:+.1f}")
-            ax.set_title(setting_of(name).title); ax.set_xlabel("gain over plain KD, points of test accuracy")
+            ax.set_title(setting_of(name).title)
+        ax.set_xlabel("gain over plain KD, points of test accuracy")
         plt.close(fig)
     return fig
 

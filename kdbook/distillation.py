@@ -245,10 +245,11 @@ def fingerprint(
 @contextmanager
 def whole_file(
     path:Path, # its folder is made
+    alone:bool=False, # no other process writes this file: what a killed run left is then written over
 )->Iterator[Path]: # where to write
     "A temporary name beside `path`, renamed to it at the end of the block: a reader sees the whole file or none."
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")  # two processes may write the same file at once
+    temporary = path.with_name(f".{path.name}.{'part' if alone else os.getpid()}")  # two may write the same file at once
     try:
         yield temporary
         os.replace(temporary, path)

@@ -356,7 +356,7 @@ def _save(loop:_Loop, stage:int, epoch:int)->None:
                  best=loop.run.best, best_weights=loop.best_weights, history=loop.run.history,
                  callbacks=[c.state_dict() for c in loop.run.recipe.callbacks],
                  scaler=loop.accelerator.scaler.state_dict() if loop.accelerator.scaler else None)
-    with whole_file(loop.folder / "last.pt") as temporary, open(temporary, "wb") as f:
+    with whole_file(loop.folder / "last.pt", alone=True) as temporary, open(temporary, "wb") as f:
         torch.save(state, f); f.flush(); os.fsync(f.fileno())
 
 # %% ../nbs/training.ipynb #ecf0fd03
