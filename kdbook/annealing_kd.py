@@ -55,7 +55,7 @@ class AnnealingKD:
         if tau_max < 1: raise ValueError(f"tau_max must be >= 1, got {tau_max}")
         self.tau_max = tau_max
 
-    def check(self, stage:Stage, train:"datasets.Dataset")->None:
+    def check(self, stage:Stage, train:"datasets.Dataset", validation:"datasets.Dataset|None"=None)->None:
         "Called by `fit` before it starts: the epochs of the stage must hold all temperatures."
         temperature_schedule(stage.epochs, self.tau_max)
 

@@ -8,11 +8,10 @@ __all__ = ['hinge_loss', 'linear_psi', 'step_psi', 'paper_psi', 'check_psi', 'mi
 
 # %% ../nbs/continuation_kd.ipynb #43bae09b
 from typing import Callable, Literal, Sequence
-import torch.nn.functional as F
 from torch import Tensor, nn
 from .annealing_kd import annealing_loss, phi, temperature_schedule
 from .distillation import forward, reduce_loss
-from .training import Loss, Progress, Recipe, Stage
+from .training import Loss, Progress, Recipe, Stage, label_loss
 
 # %% ../nbs/continuation_kd.ipynb #8456214b
 def hinge_loss(
@@ -90,13 +89,12 @@ def mixed_loss(
 
     Raises `ValueError` if `psi` is outside [0, 1], and as `hinge_loss` does."""
     if not 0 <= psi <= 1: raise ValueError(f"psi must be in [0, 1], got {psi}")
-    parts, terms, known = {"phi": phi, "psi": psi}, [], labels != -100
+    parts, terms = {"phi": phi, "psi": psi}, []
     if psi < 1:
         follow = hinge_loss(student_logits, teacher_logits, phi, margin, hinge)
         parts["teacher_loss"] = follow.detach(); terms.append((1 - psi) * follow)
-    if psi > 0 and known.any():
-        if student_logits.shape[-1] == 1: hard = F.mse_loss(student_logits[known].flatten(), labels[known].float())
-        else: hard = F.cross_entropy(student_logits, labels, ignore_index=-100)
+    if psi > 0 and (labels != -100).any():
+        hard = label_loss(student_logits, labels)
         parts["label_loss"] = hard.detach(); terms.append(psi * hard)
     return Loss(sum(terms) if terms else student_logits.sum() * 0, parts)
 
@@ -138,7 +136,7 @@ class ContinuationKD:
         check_psi(psi, epochs)
         return list(zip(stage_phi(psi, self.tau_max, self.anneal), psi))
 
-    def check(self, stage:Stage, train:"datasets.Dataset")->None: "Called by `fit` before it starts."; self.schedule(stage.epochs)
+    def check(self, stage:Stage, train:"datasets.Dataset", validation:"datasets.Dataset|None"=None)->None: "Called by `fit` before it starts."; self.schedule(stage.epochs)
 
     def __call__(self, student:nn.Module, batch:dict[str,Tensor], progress:Progress)->Loss:
         "The loss of this epoch; a part of weight 0 is not computed."

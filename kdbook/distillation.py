@@ -4,14 +4,14 @@
 
 # %% auto #0
 __all__ = ['INPUTS', 'soft_targets', 'reduce_loss', 'soft_target_loss', 'hinton_loss', 'logit_mse', 'logits_of', 'forward',
-           'encode', 'Rows', 'length_sorted', 'predict_logits', 'fingerprint', 'whole_file', 'save_tensors', 'annotate',
-           'text_crc', 'results_dir']
+           'with_column', 'encode', 'Rows', 'length_sorted', 'predict_logits', 'fingerprint', 'whole_file',
+           'save_tensors', 'annotate', 'text_crc', 'results_dir']
 
 # %% ../nbs/distillation.ipynb #335ecef1
 import hashlib, os, warnings, zlib
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Iterator, Literal
+from typing import Any, Callable, Iterator, Literal
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -105,12 +105,17 @@ def logits_of(
 def forward(
     model:nn.Module, # any classifier that takes the batch's input columns by name
     batch:dict[str,Tensor], # may hold labels and teacher columns too; they are not passed on
-)->Tensor: # (batch, num_labels)
-    "Logits of `model` on the input columns of `batch`."
-    return logits_of(model(**{name: batch[name] for name in INPUTS if name in batch}))
+    read:Callable[[Any],Any]=logits_of, # what to take of the model's output
+)->Any: # with the default, (batch, num_labels)
+    "Logits of `model` on the input columns of `batch`, or whatever `read` takes of its output."
+    return read(model(**{name: batch[name] for name in INPUTS if name in batch}))
 
 # %% ../nbs/distillation.ipynb #958bf004
-def _with_column(dataset:"datasets.Dataset", name:str, values:Tensor|list)->"datasets.Dataset":
+def with_column(
+    dataset:"datasets.Dataset", # any rows
+    name:str, # of the column; one of that name is replaced
+    values:Tensor|list, # one per row
+)->"datasets.Dataset": # the same rows
     "The data set with a column set, and without the progress bars of a moment's work."
     from datasets.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
     quiet = are_progress_bars_disabled()
@@ -137,7 +142,7 @@ def encode(
     if not texts: raise ValueError(f"no input column among {dataset.column_names}: need text, input_ids or pixel_values")
     tokens = tokenizer(*(list(t) for t in texts), truncation=True, max_length=max_length, return_attention_mask=False,
                        return_token_type_ids=len(texts) == 2)
-    for name, values in tokens.items(): dataset = _with_column(dataset, name, values)
+    for name, values in tokens.items(): dataset = with_column(dataset, name, values)
     return dataset
 
 # %% ../nbs/distillation.ipynb #b167f462
@@ -202,19 +207,20 @@ def predict_logits(
     tokenizer:Any=None, # default: the model's own
     max_length:int=64, # tokens kept per row
     progress:bool=True, # show a bar when there is more than a few seconds of work
+    read:Callable[[Any],Tensor]=logits_of, # what to take of the model's output: one tensor with a row per input
 )->Tensor: # (rows, num_labels), on the CPU, in the order of the rows
     "The model's logits on every row, without gradient or dropout."
     rows = Rows(encode(dataset, model, tokenizer, max_length), pad_id=_pad_id(model, tokenizer))
-    return _run(model, rows, length_sorted(rows.lengths, batch_size), progress)
+    return _run(model, rows, length_sorted(rows.lengths, batch_size), progress, read)
 
 @torch.no_grad()
-def _run(model:nn.Module, rows:Rows, batches:list[list[int]], progress:bool=False)->Tensor:
+def _run(model:nn.Module, rows:Rows, batches:list[list[int]], progress:bool=False, read:Callable[[Any],Tensor]=logits_of)->Tensor:
     device, was_training = next(model.parameters()).device, model.training
     model.eval()
     out = None
     try:
         for index in _bar(batches, progress, "predict"):
-            logits = forward(model, {k: v.to(device) for k, v in rows.batch(index).items()}).float().cpu()
+            logits = forward(model, {k: v.to(device) for k, v in rows.batch(index).items()}, read).float().cpu()
             if out is None: out = torch.empty(len(rows), *logits.shape[1:])
             out[index] = logits
     finally: model.train(was_training)
@@ -272,6 +278,11 @@ def _read_shard(path:Path, size:int)->Tensor|None:
     except (OSError, SafetensorError, KeyError): return None
     return logits if len(logits) == size else None
 
+def _written(output:Any)->Tensor:
+    "What a teacher writes: its logits, above them those of its pseudo-classifiers where it has some."
+    logits, pseudo = logits_of(output), getattr(output, "pseudo_logits", None)
+    return logits if pseudo is None else torch.cat([pseudo, logits[:, None]], 1)
+
 def _cached_logits(model:nn.Module, rows:Rows, batch_size:int, folder:Path, progress:bool, per_shard:int=16)->Tensor:
     "Logits of `rows`, computed in shards of `per_shard` batches; shards already in `folder` are read, not computed."
     from safetensors import SafetensorError
@@ -282,7 +293,7 @@ def _cached_logits(model:nn.Module, rows:Rows, batch_size:int, folder:Path, prog
         index, path = sum(shard, []), folder / f"{number:05d}.safetensors"
         logits = _read_shard(path, len(index))
         if logits is None:
-            logits = _run(model, rows, shard)[index]
+            logits = _run(model, rows, shard, read=_written)[index]
             try: save_tensors({"logits": logits}, path)
             except (OSError, SafetensorError) as e: warnings.warn(f"{folder} cannot be written, so nothing is kept for next time: {e}")
         if out is None: out = torch.empty(len(rows), *logits.shape[1:])
@@ -299,7 +310,8 @@ def annotate(
     cache:bool=True, # keep what is computed in the user's cache; the next call reads it
     progress:bool=True, # show a bar when there is more than a few seconds of work
 )->"datasets.Dataset": # the same rows, with the column `teacher_logits` (num_labels)
-    """`dataset` with what the teacher writes: `teacher_logits`, and `teacher_trail` where a record has one.
+    """`dataset` with what the teacher writes: `teacher_logits`, and `teacher_pseudo_logits` (layers, num_labels) where it has
+    pseudo-classifiers (see `universal_kd`). A record may hold these and a `teacher_trail` too.
 
     Raises `FileNotFoundError` for an unknown record and `KeyError` for rows that a record does not hold."""
     if isinstance(teacher, str): return _from_record(dataset, teacher)
@@ -308,8 +320,9 @@ def annotate(
         from kdbook.data import cache_dir
         folder = cache_dir() / "annotations" / fingerprint(teacher, rows, batch_size)
         logits = _cached_logits(teacher, rows, batch_size, folder, progress)
-    else: logits = _run(teacher, rows, length_sorted(rows.lengths, batch_size), progress)
-    return _with_column(dataset, "teacher_logits", logits)
+    else: logits = _run(teacher, rows, length_sorted(rows.lengths, batch_size), progress, _written)
+    if logits.ndim == 2: return with_column(dataset, "teacher_logits", logits)
+    return with_column(with_column(dataset, "teacher_pseudo_logits", logits[:, :-1]), "teacher_logits", logits[:, -1])
 
 # %% ../nbs/distillation.ipynb #b1e4b9ec
 def text_crc(
@@ -338,6 +351,8 @@ def _from_record(dataset:"datasets.Dataset", name:str)->"datasets.Dataset":
         place = {i: place[i] for i, crc in zip(dataset["idx"], text_crc(dataset).tolist()) if said.get(i) == crc}
     lost = [i for i in dataset["idx"] if i not in place]
     if lost: raise KeyError(f"record {name!r} lacks {len(lost)} of {len(dataset)} rows, first idx {lost[0]}: annotate them with a live teacher")
-    trail = record["trail"][:, [place[i] for i in dataset["idx"]]].float()  # (checkpoints, rows, classes)
-    dataset = _with_column(dataset, "teacher_trail", trail.transpose(0, 1))
-    return _with_column(dataset, "teacher_logits", trail[-1])
+    here = [place[i] for i in dataset["idx"]]
+    trail = record["trail"][:, here].float()  # (checkpoints, rows, classes)
+    dataset = with_column(dataset, "teacher_trail", trail.transpose(0, 1))
+    if "pseudo" in record: dataset = with_column(dataset, "teacher_pseudo_logits", record["pseudo"][here].float())
+    return with_column(dataset, "teacher_logits", trail[-1])

@@ -195,7 +195,7 @@ class Output(NamedTuple):
 
 # %% ../nbs/models.ipynb #b8f7e221
 class _TextNet(nn.Module):
-    "Words, then `features(words, mask)`, which a subclass defines, then a linear layer."
+    "Words, then `features(words, mask)`, vectors that a subclass makes, then a linear layer on the last of them."
     def __init__(self, width, num_labels, embeddings, freeze_embeddings, dropout, teacher):
         super().__init__()
         words, self.tokenizer = _vocabulary(teacher)
@@ -208,7 +208,9 @@ class _TextNet(nn.Module):
     def forward(self, input_ids, attention_mask=None, token_type_ids=None):
         mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
         x = self.embeddings(input_ids) * mask.unsqueeze(-1)
-        return Output(self.head(self.dropout(self.features(self.dropout(x), mask))))
+        states = self.features(self.dropout(x), mask)
+        words = x.sum(1) / mask.sum(1, keepdim=True).clamp(min=1)
+        return Output(self.head(self.dropout(states[-1])), (words, *states))
 
 # %% ../nbs/models.ipynb #b0b586ae
 class TextCNN(_TextNet):
@@ -224,7 +226,7 @@ class TextCNN(_TextNet):
             k = conv.kernel_size[0]
             hits = F.relu(conv(F.pad(x.transpose(1, 2), ((k-1)//2, k//2)))) # one window per word
             best.append((hits*mask.unsqueeze(1)).amax(-1)) # after a ReLU, 0 never beats a real window
-        return torch.cat(best, -1)
+        return *best, torch.cat(best, -1)
 
 # %% ../nbs/models.ipynb #65183362
 def cnn_student(
@@ -257,7 +259,7 @@ class TextLSTM(_TextNet):
         if (mask[:, 1:] > mask[:, :-1]).any(): raise ValueError("an LSTM student needs its padding on the right")
         lengths = mask.sum(1).clamp(min=1).cpu() # where packing wants them
         _, (last, _) = self.lstm(pack_padded_sequence(x, lengths, batch_first=True, enforce_sorted=False))
-        return torch.cat([last[-2], last[-1]], -1)
+        return tuple(torch.cat([last[i], last[i+1]], -1) for i in range(0, len(last), 2))
 
 # %% ../nbs/models.ipynb #c561bd05
 def lstm_student(

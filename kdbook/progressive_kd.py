@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any, Literal
 import torch
 from torch import Tensor, nn
-from .annealing_kd import annealing_loss, phi
-from .distillation import _with_column, annotate, forward, save_tensors, soft_target_loss
+from .annealing_kd import phi
+from .distillation import annotate, forward, logit_mse, save_tensors, soft_target_loss, with_column
 from .training import Callback, CrossEntropy, Loss, Progress, Recipe, Run, Stage
 
 # %% ../nbs/progressive_kd.ipynb #e7813554
@@ -35,6 +35,16 @@ class Trail(Callback):
         "Write the weights of `model` if `step` is one of the trail's."
         if step in self.steps: save_tensors({k: v.detach().cpu().contiguous() for k, v in model.state_dict().items()}, self.path(step))
 
+    def load(self, model:nn.Module, step:int|None=None)->nn.Module:
+        "The model with the weights after `step` updates, by default the last. Raises `FileNotFoundError` where they are not there."
+        from safetensors.torch import load_file
+        path = self.path(step or self.steps[-1])
+        if not path.exists():
+            raise FileNotFoundError(f"the trail has no weights after {step or self.steps[-1]} updates ({path}): train the teacher with it "
+                                    f"first, for at least {self.steps[-1]} updates")
+        model.load_state_dict(load_file(path))
+        return model
+
     def after_step(self, run:Run, progress:Progress)->None:
         "Called by `fit` after each update."
         self.keep(run.student, progress.step)
@@ -49,18 +59,11 @@ def annotate_trail(
     """What every checkpoint of a trail says about every row.
 
     Raises `FileNotFoundError` naming a checkpoint that is not there, and `RuntimeError` for a model of another architecture."""
-    from safetensors.torch import load_file
-    for step in trail.steps:
-        if not trail.path(step).exists():
-            raise FileNotFoundError(f"the trail has no weights after {step} updates ({trail.path(step)}): train the teacher with it "
-                                    f"first, for at least {trail.steps[-1]} updates")
     own, logits = {k: v.clone() for k, v in model.state_dict().items()}, []
     try:
-        for step in trail.steps:
-            model.load_state_dict(load_file(trail.path(step)))
-            logits.append(torch.tensor(annotate(dataset, model, **settings)["teacher_logits"]))
+        for step in trail.steps: logits.append(torch.tensor(annotate(dataset, trail.load(model, step), **settings)["teacher_logits"]))
     finally: model.load_state_dict(own)
-    return _with_column(_with_column(dataset, "teacher_trail", torch.stack(logits, 1)), "teacher_logits", logits[-1])
+    return with_column(with_column(dataset, "teacher_trail", torch.stack(logits, 1)), "teacher_logits", logits[-1])
 
 # %% ../nbs/progressive_kd.ipynb #63260b2c
 def departure(
@@ -126,7 +129,7 @@ class ProgressiveKD:
         if temperature <= 0: raise ValueError(f"temperature must be > 0, got {temperature}")
         self.phi, self.loss, self.path, self.temperature = phi, loss, path, temperature
 
-    def check(self, stage:Stage, train:"datasets.Dataset")->None:
+    def check(self, stage:Stage, train:"datasets.Dataset", validation:"datasets.Dataset|None"=None)->None:
         "Called by `fit` before it starts: every row must have the same number of checkpoints, two or more."
         found = sorted({len(row) for row in train["teacher_trail"]})
         if len(found) > 1:
@@ -137,7 +140,7 @@ class ProgressiveKD:
         "Distance to the present checkpoint."
         target, number = trail_target(batch["teacher_trail"], progress.t, self.path, self.phi == "annealed")
         logits = forward(student, batch)
-        total = soft_target_loss(logits, target, self.temperature) if self.loss == "kl" else annealing_loss(logits, target)
+        total = soft_target_loss(logits, target, self.temperature) if self.loss == "kl" else logit_mse(logits, target)
         return Loss(total, {"checkpoint": number})
 
 # %% ../nbs/progressive_kd.ipynb #89aa4387
