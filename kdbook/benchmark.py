@@ -354,7 +354,7 @@ def run_ladder(
     pairs = [(s, m) for s in settings for m in ladder_of(method)]
     single = [(s, m) for s, m in pairs if not METHODS[m].candidates]
     contenders = [(s, c) for s, m in pairs for c in METHODS[m].candidates]
-    searched = [(s, m) for s, m in single if len(setting_of(s).lrs) > 1 and not METHODS[m].rate_of]
+    searched = [(s, m) for s, m in dict.fromkeys([*single, *contenders]) if len(setting_of(s).lrs) > 1 and not METHODS[m].rate_of]
     _run_all([(s, m, lr, seed) for s, m in searched for lr in setting_of(s).lrs for seed in SEARCH_SEEDS], jobs, "search")
     _run_all([(s, c, chosen_lr(s, c), seed) for s, c in contenders for seed in SEARCH_SEEDS], jobs, "candidates")
     _run_all([(s, c, chosen_lr(s, c), seed) for seed in range(min(3, seeds)) for s, c in contenders], jobs, "each candidate")

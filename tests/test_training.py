@@ -1,5 +1,5 @@
 """`fit`: the same bits every time, also after being killed; what it keeps, and what it refuses."""
-import json, math, os, random, signal, socket, subprocess, sys
+import json, math, os, random, signal, subprocess, sys
 from pathlib import Path
 
 import numpy as np
@@ -183,8 +183,8 @@ def all_scenarios(folder):
         (place / "codes.json").write_text(json.dumps(codes))
 
 
-def in_new_process(call, *args, **env):
-    code = f"import sys, test_training; test_training.{call}(*sys.argv[1:])"
+def in_new_process(call, *args, module="test_training", **env):
+    code = f"import sys, {module}; {module}.{call}(*sys.argv[1:])"
     path = os.pathsep.join([str(HERE), str(HERE.parent), os.environ.get("PYTHONPATH", "")])
     done = subprocess.run([sys.executable, "-c", code, *map(str, args)], env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": path, **env},
                           capture_output=True, text=True)
@@ -314,45 +314,6 @@ def test_mixed_precision_is_used_and_can_change_within_a_process():
         assert {p.dtype for p in run.student.parameters()} == {torch.float32}
         assert forward(run.student, {"pixel_values": torch.rand(2, 16)}).dtype == torch.float32
     assert seen == [{torch.float32}, {torch.bfloat16}, {torch.float32}]
-
-
-SHARED = one(LogitMSE(), epochs=3, batch_size=16, callbacks=())  # 49 rows: the last batch of an epoch has one row, fewer than processes
-
-
-def one_of_two(rank, folder, port):
-    os.environ.update(RANK=rank, LOCAL_RANK=rank, WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=port, ACCELERATE_USE_CPU="true")
-    torch.set_num_threads(1)
-    watch = Watch()
-    run = go(net(), Recipe(SHARED.stages, (watch,)), images(49), images(32, 1), checkpoint=Path(folder) / "checkpoint")
-    assert torch.distributed.get_world_size() == 2
-    torch.save(dict(weights=run.student.state_dict(), history=run.history, updates=watch.updates), Path(folder) / f"rank{rank}.pt")
-    torch.distributed.destroy_process_group()
-
-
-def two_processes(folder, port):
-    "What `accelerate launch --cpu --num_processes 2` does, without importing everything twice."
-    import accelerate, datasets  # noqa: F401
-    from threading import Thread
-    codes = {}
-    threads = [Thread(target=lambda r=r: codes.__setitem__(r, forked(one_of_two, r, folder, port))) for r in "01"]
-    for t in threads: t.start()
-    for t in threads: t.join()
-    assert codes == {"0": 0, "1": 0}, codes
-
-
-@pytest.mark.skipif(not hasattr(os, "fork") or not torch.distributed.is_available(), reason="needs fork and torch.distributed")
-def test_two_processes_make_the_updates_of_one(tmp_path):
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port = s.getsockname()[1]
-    in_new_process("two_processes", tmp_path, port)
-    single = go(net(), Recipe(SHARED.stages, (Watch(),)), images(49), images(32, 1))
-    ranks = [torch.load(tmp_path / f"rank{r}.pt", weights_only=True) for r in "01"]
-    assert same(ranks[0]["weights"], ranks[1]["weights"]) and ranks[0]["updates"] == single.recipe.callbacks[0].updates == 12
-    for name, value in single.student.state_dict().items():
-        torch.testing.assert_close(ranks[0]["weights"][name], value, atol=1e-4, rtol=0)
-    for r in ranks:
-        assert [row["loss"] for row in r["history"]] == pytest.approx([row["loss"] for row in single.history], abs=1e-4)
 
 
 # schedules and order
