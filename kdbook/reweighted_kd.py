@@ -6,10 +6,10 @@
 __all__ = ['per_sample_losses', 'weights_of', 'weighted_loss', 'meta_gradient', 'shifted_losses', 'alignment', 'meta_weights',
            'reweighted_loss', 'draw_rows', 'check_meta', 'RWKD', 'recipe', 'WeightedKD']
 
-# %% ../nbs/reweighted_kd.ipynb #c17ac73a
+# %% ../nbs/reweighted_kd.ipynb #3be1f414
 import math
 from contextlib import contextmanager
-from typing import Iterator, Literal
+from typing import Any, Iterator, Literal
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -52,12 +52,12 @@ def weighted_loss(
     weights = weights.detach()
     return ((1 - weights) * losses[:, 0] + weights * losses[:, 1]).mean()
 
-# %% ../nbs/reweighted_kd.ipynb #6aa4af14
+# %% ../nbs/reweighted_kd.ipynb #009fd8a2
 @contextmanager
 def _same_masks(seed:int, device:torch.device)->Iterator[None]:
     "Dropout inside the block is that of `seed`; outside, the generators stand where they stood."
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-        torch.manual_seed(seed)
+        (torch.manual_seed if device.type == "cuda" else torch.default_generator.manual_seed)(seed)  # the former reseeds all GPUs
         yield
 
 def _trained(student:nn.Module)->dict[str,Tensor]: return {name: p for name, p in student.named_parameters() if p.requires_grad}
@@ -70,7 +70,7 @@ def _losses_at(student:nn.Module, weights:dict[str,Tensor], batch:dict[str,Tenso
         logits = logits_of(functional_call(student, {**weights, **buffers}, kwargs=inputs))
     return per_sample_losses(logits, batch.get("teacher_logits", logits), batch["labels"], temperature)
 
-# %% ../nbs/reweighted_kd.ipynb #3ab95053
+# %% ../nbs/reweighted_kd.ipynb #a4e42f30
 def meta_gradient(
     student:nn.Module, # in the mode it trains in
     meta_batch:dict[str,Tensor], # held-out inputs and labels; for meta_loss="both" teacher_logits too
@@ -79,13 +79,17 @@ def meta_gradient(
     seed:int=0, # of the dropout masks
 )->dict[str,Tensor]: # by parameter, for those that are trained
     "Gradient of the held-out loss. Raises `ValueError` for another `meta_loss`, and for rows without labels."
-    if meta_loss not in ("labels", "both"): raise ValueError(f'meta_loss must be "labels" or "both", got {meta_loss!r}')
-    if (meta_batch["labels"] == -100).any(): raise ValueError(f"every held-out row needs a label, but {int((meta_batch['labels'] == -100).sum())} have -100")
     weights = _trained(student)
-    losses = _losses_at(student, weights, meta_batch, temperature, seed)
-    total = losses[:, 0].mean() if meta_loss == "labels" else losses.sum(1).mean()
+    total = _held_out_loss(_losses_at(student, weights, meta_batch, temperature, seed), meta_batch, meta_loss)
     found = torch.autograd.grad(total, list(weights.values()), allow_unused=True)
     return {name: g for name, g in zip(weights, found) if g is not None}
+
+def _held_out_loss(losses:Tensor, meta_batch:dict[str,Tensor], meta_loss:str)->Tensor:
+    if meta_loss not in ("labels", "both"): raise ValueError(f'meta_loss must be "labels" or "both", got {meta_loss!r}')
+    if (meta_batch["labels"] == -100).any(): raise ValueError(f"every held-out row needs a label, but {int((meta_batch['labels'] == -100).sum())} have -100")
+    if meta_loss == "labels": return losses[:, 0].mean()
+    if "teacher_logits" not in meta_batch: raise ValueError(f'meta_loss="both" needs teacher_logits for the held-out rows too; they have {sorted(meta_batch)}')
+    return losses.sum(1).mean()
 
 # %% ../nbs/reweighted_kd.ipynb #7242920b
 def shifted_losses(
@@ -103,7 +107,7 @@ def shifted_losses(
         there = {name: weights[name] + g * (step / length) for name, g in gradient.items()}
         return _losses_at(student, there, batch, temperature, seed), length
 
-# %% ../nbs/reweighted_kd.ipynb #ae17603e
+# %% ../nbs/reweighted_kd.ipynb #5e71479c
 def alignment(
     student:nn.Module, # in the mode it trains in
     batch:dict[str,Tensor], # inputs, labels and teacher_logits
@@ -117,9 +121,10 @@ def alignment(
     "How well each loss of each row agrees with the held-out set (our Eq. 3), in one of three ways. Raises `ValueError` for another `how`."
     if how not in _WAYS: raise ValueError(f"how must be one of {tuple(_WAYS)}, got {how!r}")
     if step <= 0: raise ValueError(f"step must be > 0, got {step}")
+    if "teacher_logits" not in batch: raise ValueError(f"the batch needs teacher_logits; it has {sorted(batch)}")
     return _WAYS[how](student, batch, meta_batch, meta_loss, temperature, step, seed).detach()
 
-# %% ../nbs/reweighted_kd.ipynb #c957926a
+# %% ../nbs/reweighted_kd.ipynb #c6e6b10b
 def _by_difference(student, batch, meta_batch, meta_loss, temperature, step, seed):
     gradient = meta_gradient(student, meta_batch, meta_loss, temperature, seed + 1)
     ahead, length = shifted_losses(student, batch, gradient, step, temperature, seed)
@@ -137,8 +142,8 @@ def _by_double_backward(student, batch, meta_batch, meta_loss, temperature, step
     epsilon = torch.zeros_like(losses, requires_grad=True)
     slopes = torch.autograd.grad((epsilon * losses).sum(), list(weights.values()), create_graph=True, materialize_grads=True)
     virtual = {name: w - g for (name, w), g in zip(weights.items(), slopes)}
-    held_out = _losses_at(student, virtual, meta_batch, temperature, seed + 1).mean(0)
-    return -torch.autograd.grad(held_out[0] if meta_loss == "labels" else held_out.sum(), epsilon)[0]
+    held_out = _held_out_loss(_losses_at(student, virtual, meta_batch, temperature, seed + 1), meta_batch, meta_loss)
+    return -torch.autograd.grad(held_out, epsilon)[0]
 
 _WAYS = {"finite_difference": _by_difference, "forward": _by_forward_mode, "double_backward": _by_double_backward}
 
@@ -214,7 +219,7 @@ def _keys(dataset:"datasets.Dataset")->list[str]:
     columns = [n for n in ("text", "text_pair") if n in dataset.column_names] or [n for n in INPUTS if n in dataset.column_names]
     return [repr(row) for row in zip(*(dataset[name] for name in columns))]
 
-# %% ../nbs/reweighted_kd.ipynb #dc6c3919
+# %% ../nbs/reweighted_kd.ipynb #0a12400a
 class RWKD:
     "Label loss and teacher loss, mixed for each row as a held-out set asks for. Raises `ValueError` for arguments out of range, and as `check_meta` does."
     requires, rows = ("label", "teacher_logits"), "all"
@@ -224,13 +229,14 @@ class RWKD:
         meta_loss:Literal["labels","both"]="labels", # as in `meta_gradient`
         meta_batch_size:int=32, # held-out rows per update
         step:float=1e-3, # > 0, of the finite difference
+        tokenizer:Any=None, # for held-out text; default: the student's own
         max_length:int=64, # tokens kept per held-out row
     ):
         if temperature <= 0: raise ValueError(f"temperature must be > 0, got {temperature}")
         if meta_loss not in ("labels", "both"): raise ValueError(f'meta_loss must be "labels" or "both", got {meta_loss!r}')
         if meta_batch_size < 1 or step <= 0: raise ValueError(f"meta_batch_size must be >= 1 and step > 0, got {meta_batch_size} and {step}")
         self.temperature, self.meta_loss, self.meta_batch_size, self.step, self.max_length = temperature, meta_loss, meta_batch_size, step, max_length
-        self.meta, self._meta, self._rows = "" if meta is None else f"{len(meta)} rows, {mix_seed(*sorted(_keys(meta)))}", meta, None
+        self.meta, self._meta, self._rows, self._tokenizer = "" if meta is None else f"{len(meta)} rows, {mix_seed(*_keys(meta), *meta['label'])}", meta, None, tokenizer
 
     def check(self, stage:Stage, train:"datasets.Dataset", validation:"datasets.Dataset|None"=None)->None:
         "Called by `fit` before it starts."; check_meta(self._meta, train, validation, ("label", "teacher_logits")[:1 + (self.meta_loss == "both")])
@@ -238,7 +244,8 @@ class RWKD:
     def meta_batch(self, student:nn.Module, progress:Progress)->dict[str,Tensor]:
         "The held-out rows of this update, drawn by its number alone, so that a resumed run draws them again."
         model = getattr(student, "module", student)
-        if self._rows is None: self._rows = Rows(encode(self._meta, model, max_length=self.max_length), ("label", "teacher_logits"), _pad_id(model))
+        if self._rows is None:
+            self._rows = Rows(encode(self._meta, model, self._tokenizer, self.max_length), ("label", "teacher_logits"), _pad_id(model, self._tokenizer))
         return draw_rows(self._rows, self.meta_batch_size, progress, next(student.parameters()).device)
 
     def __call__(self, student:nn.Module, batch:dict[str,Tensor], progress:Progress)->Loss:
