@@ -197,7 +197,7 @@ def draw_rows(
     index = torch.randperm(len(rows), generator=draw)[:size].tolist()
     return {name: value.to(device) for name, value in rows.batch(index).items()}
 
-# %% ../nbs/reweighted_kd.ipynb #d1573a9b
+# %% ../nbs/reweighted_kd.ipynb #72b3e457
 def check_meta(
     meta:"datasets.Dataset|None", # the held-out rows
     train:"datasets.Dataset", # rows that train
@@ -214,12 +214,12 @@ def check_meta(
         shared = set(_keys(meta)) & set(_keys(rows)) if rows is not None else ()
         if shared: raise ValueError(f"{len(shared)} of {len(meta)} meta rows also {who}, one of them {min(shared)[:60]}: a meta set must be held out")
 
-def _keys(dataset:"datasets.Dataset")->list[str]:
-    "What a row is, as far as a model can see."
+def _keys(dataset:"datasets.Dataset", *more:str)->list[str]:
+    "What a row is, as far as a model can see, and in the columns `more`."
     columns = [n for n in ("text", "text_pair") if n in dataset.column_names] or [n for n in INPUTS if n in dataset.column_names]
-    return [repr(row) for row in zip(*(dataset[name] for name in columns))]
+    return [repr(row) for row in zip(*(dataset[name] for name in (*columns, *more) if name in dataset.column_names))]
 
-# %% ../nbs/reweighted_kd.ipynb #0a12400a
+# %% ../nbs/reweighted_kd.ipynb #5aa190da
 class RWKD:
     "Label loss and teacher loss, mixed for each row as a held-out set asks for. Raises `ValueError` for arguments out of range, and as `check_meta` does."
     requires, rows = ("label", "teacher_logits"), "all"
@@ -236,7 +236,7 @@ class RWKD:
         if meta_loss not in ("labels", "both"): raise ValueError(f'meta_loss must be "labels" or "both", got {meta_loss!r}')
         if meta_batch_size < 1 or step <= 0: raise ValueError(f"meta_batch_size must be >= 1 and step > 0, got {meta_batch_size} and {step}")
         self.temperature, self.meta_loss, self.meta_batch_size, self.step, self.max_length = temperature, meta_loss, meta_batch_size, step, max_length
-        self.meta, self._meta, self._rows, self._tokenizer = "" if meta is None else f"{len(meta)} rows, {mix_seed(*_keys(meta), *meta['label'])}", meta, None, tokenizer
+        self.meta, self._meta, self._rows, self._tokenizer = "" if meta is None else f"{len(meta)} rows, {mix_seed(*_keys(meta, 'label'))}", meta, None, tokenizer
 
     def check(self, stage:Stage, train:"datasets.Dataset", validation:"datasets.Dataset|None"=None)->None:
         "Called by `fit` before it starts."; check_meta(self._meta, train, validation, ("label", "teacher_logits")[:1 + (self.meta_loss == "both")])

@@ -169,3 +169,11 @@ def test_bad_input_names_the_values(call, said):
 
 def test_missing_checkpoint_is_named(tmp_path):
     with pytest.raises(FileNotFoundError, match="after 5 updates"): annotate_trail(images(), image_net(num_labels=4, pixels=16), Trail((5,), tmp_path))
+
+
+def test_a_trail_gives_back_its_weights(tmp_path):
+    trail, net = Trail((1, 2), tmp_path), image_net(4)
+    trail.keep(net, 1)
+    other = trail.load(image_net(4, seed=3), 1)
+    assert same(other, net)
+    with pytest.raises(FileNotFoundError, match="after 2 updates"): trail.load(image_net(4))

@@ -157,3 +157,13 @@ def test_the_ladder_holds_out_a_tenth_and_keeps_the_updates():
         assert len(kept) == SETTINGS[name].rows and len(more["meta"]) == 200
         assert sum(y != -100 for y in kept["label"]) == SETTINGS[name].labelled
         check_meta(more["meta"], kept, load_task("movies")["validation"])
+
+
+def test_missing_parts_of_a_batch_are_named():
+    net, mine, held = image_net(8, num_labels=4, pixels=16), batch(4), batch(5, seed=1)
+    bare = {k: v for k, v in held.items() if k != "teacher_logits"}
+    assert alignment(net, mine, bare).shape == (4, 2)  # labels are enough for the held-out rows
+    for how in ("finite_difference", "forward", "double_backward"):
+        with pytest.raises(ValueError, match='"both" needs teacher_logits'): alignment(net, mine, bare, how, meta_loss="both")
+        with pytest.raises(ValueError, match="1 have -100"): alignment(net, mine, dict(held, labels=torch.tensor([-100, 0, 1, 2, 3])), how)
+        with pytest.raises(ValueError, match="the batch needs teacher_logits"): alignment(net, bare, held, how)
