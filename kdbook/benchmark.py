@@ -169,10 +169,6 @@ def _teacher_states()->Any: # (largest idx + 1, layers, hidden_size)
 def _universal(s:Setting, lr:float, **how:Any)->Recipe:
     return universal_kd.recipe(**{"setting": "ca", **how}, epochs=(s.epochs[0], s.on_labels(s.epochs[1])), lr=lr, batch_size=s.batch_size, label_validate_every=s.on_labels(1))
 
-def _reweighted(s:Setting, lr:float, **how:Any)->Recipe: return reweighted_kd.recipe(epochs=sum(s.epochs), lr=lr, batch_size=s.batch_size, **how)
-
-WEIGHTS = {"weight_25": ("teacher's weight 0.25", .25), "weight_50": ("teacher's weight 0.5", .5), "weight_75": ("teacher's weight 0.75", .75),
-           "weight_linear": ("weight from 1 to 0", (1., 0.)), "weight_truth": ("weight by teacher's truth", "truth"), "weight_confidence": ("weight by its certainty", "confidence")}
 METHODS |= {
     "soft_labels": Method("soft targets, then labels", lambda s, lr: _universal(s, lr, layer_weight=0.)),
     "universal_kd": Method("Universal-KD", _universal, setup=_heads),
@@ -181,7 +177,16 @@ METHODS |= {
     "universal_detached": Method("Universal-KD, detached", lambda s, lr: _universal(s, lr, detach=True), "universal_kd", setup=_heads),
     **{f"hidden_{j}": Method(f"hidden states of layer {j}", lambda s, lr: _then_labels(HiddenKD(), s, lr), setup=partial(_hidden, j)) for j in (1, 3, 5)},
     "hidden_kd": Method("hidden states", None, candidates=("hidden_1", "hidden_3", "hidden_5")),
+}
+
+# %% ../nbs/benchmark.ipynb #84419e4e
+def _reweighted(s:Setting, lr:float, **how:Any)->Recipe: return reweighted_kd.recipe(epochs=sum(s.epochs), lr=lr, batch_size=s.batch_size, **how)
+
+WEIGHTS = {"weight_25": ("teacher's weight 0.25", .25), "weight_50": ("teacher's weight 0.5", .5), "weight_75": ("teacher's weight 0.75", .75),
+           "weight_linear": ("weight from 1 to 0", (1., 0.)), "weight_truth": ("weight by teacher's truth", "truth"), "weight_confidence": ("weight by its certainty", "confidence")}
+METHODS |= {
     **{name: Method(title, lambda s, lr, weight=weight: _one(WeightedKD(weight), s, lr), "hinton") for name, (title, weight) in WEIGHTS.items()},
+    "nine_tenths": Method("weight 0.5 on nine tenths", lambda s, lr: _one(WeightedKD(.5), s, lr), "hinton", setup=lambda *run: (*_held_out(*run)[:2], {})),
     "reweighted_kd": Method("RW-KD", _reweighted, "hinton", setup=_held_out),
     "reweighted_both": Method("RW-KD, both losses held out", lambda s, lr, **how: _reweighted(s, lr, meta_loss="both", **how), "hinton", setup=_held_out),
 }
@@ -191,7 +196,7 @@ LADDERS |= {
     "universal_kd": (*BASELINES, "soft_labels", "annealing_kd", "universal_kd"),
     "universal_controls": (*BASELINES, "soft_labels", "hidden_kd", "universal_cg", "universal_losses", "universal_detached", "universal_kd"),
     "reweighted_kd": (*BASELINES, *WEIGHTS, "reweighted_kd"),
-    "reweighted_controls": (*BASELINES, "reweighted_both", "reweighted_kd"),
+    "reweighted_controls": (*BASELINES, "weight_50", "nine_tenths", "reweighted_both", "reweighted_kd"),
 }
 LADDERS["all"] = tuple(dict.fromkeys(m for name, rungs in LADDERS.items() if name != "best_checkpoint" and not name.endswith("_controls") for m in rungs))
 LADDERS["techniques"] = (*BASELINES, "annealing_kd", "continuation_kd", "progressive_kd", "universal_kd", "reweighted_kd")  # without their controls
@@ -229,6 +234,7 @@ def _layers(teacher:nn.Module)->PseudoClassifiers:
     if not hasattr(teacher, "layers"): return PseudoClassifiers(teacher)
     return PseudoClassifiers(teacher, layers=tuple(range(len(teacher.layers))), example={"pixel_values": torch.zeros(1, teacher.layers[0].in_features)})
 
+# %% ../nbs/benchmark.ipynb #36bf797f
 def digits_teacher(
     task:"datasets.DatasetDict", # digits
     *callbacks:Trail, # watch its training

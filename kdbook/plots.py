@@ -28,6 +28,18 @@ _METHODS = { # key: (colour, marker, name in the text)
     "annealing_kd":     ("#D55E00", "o", "Annealing-KD"),
     "continuation_kd":  ("#009E73", "s", "Continuation-KD"),
     "progressive_kd":   ("#882255", "^", "Pro-KD"),
+    "universal_kd":     ("#009E73", "P", "Universal-KD"),
+    "reweighted_kd":    ("#D55E00", "X", "RW-KD"),
+    "noisy_label_kd":   ("#882255", "D", "KD under label noise"),
+    "glitter":          ("#E69F00", "*", "Glitter"),
+    "combined_kd":      ("#332288", "p", "Combined-KD"),
+    "swa":              ("#CC79A7", "h", "SWA"),
+    "kronecker":        ("#882255", "H", "KroneckerBERT"),
+    "teacher":          ("#000000", "d", "teacher"),
+}
+
+# %% ../nbs/plots.ipynb #8a9adb46
+_METHODS |= {
     "continuation_no_margin": ("#E69F00", "v", "Continuation-KD, margin 0"),
     "continuation_printed": ("#332288", "s", "Continuation-KD, as printed"),
     "trail_detour":     ("#56B4E9", "D", "trail by a detour"),
@@ -35,7 +47,6 @@ _METHODS = { # key: (colour, marker, name in the text)
     "trail_shuffled":   ("#E69F00", "s", "trail shuffled"),
     "trail_mean":       ("#009E73", "D", "mean of the trail"),
     "best_checkpoint":  ("#332288", "^", "best single checkpoint"),
-    "universal_kd":     ("#009E73", "P", "Universal-KD"),
     "soft_labels":      ("#CC79A7", "s", "soft targets, then labels"),
     "hidden_kd":        ("#E69F00", "^", "hidden states"),
     "universal_cg":     ("#882255", "P", "Universal-KD, capacity gap"),
@@ -47,14 +58,8 @@ _METHODS = { # key: (colour, marker, name in the text)
     "weight_linear":    ("#0072B2", "X", "weight from 1 to 0"),
     "weight_truth":     ("#009E73", "X", "weight by teacher's truth"),
     "weight_confidence": ("#E69F00", "X", "weight by its certainty"),
+    "nine_tenths":      ("#0072B2", "D", "weight 0.5 on nine tenths"),
     "reweighted_both":  ("#882255", "X", "RW-KD, both losses held out"),
-    "reweighted_kd":    ("#D55E00", "X", "RW-KD"),
-    "noisy_label_kd":   ("#882255", "D", "KD under label noise"),
-    "glitter":          ("#E69F00", "*", "Glitter"),
-    "combined_kd":      ("#332288", "p", "Combined-KD"),
-    "swa":              ("#CC79A7", "h", "SWA"),
-    "kronecker":        ("#882255", "H", "KroneckerBERT"),
-    "teacher":          ("#000000", "d", "teacher"),
 }
 METHOD_COLORS = {key: color for key, (color, _, _) in _METHODS.items()}
 METHOD_MARKERS = {key: marker for key, (_, marker, _) in _METHODS.items()}
