@@ -175,7 +175,7 @@ METHODS |= {
     "universal_cg": Method("Universal-KD, capacity gap", lambda s, lr: _universal(s, lr, setting="cg")),
     "universal_losses": Method("Universal-KD, losses mixed", lambda s, lr: _universal(s, lr, mix="losses"), "universal_kd", setup=_heads),
     "universal_detached": Method("Universal-KD, detached", lambda s, lr: _universal(s, lr, detach=True), "universal_kd", setup=_heads),
-    **{f"hidden_{j}": Method(f"hidden states of layer {j}", lambda s, lr: _then_labels(HiddenKD(), s, lr), setup=partial(_hidden, j)) for j in (1, 3, 5)},
+    **{f"hidden_{j}": Method(f"teacher layer {j}", lambda s, lr: _then_labels(HiddenKD(), s, lr), setup=partial(_hidden, j)) for j in (1, 3, 5)},
     "hidden_kd": Method("hidden states", None, candidates=("hidden_1", "hidden_3", "hidden_5")),
 }
 
