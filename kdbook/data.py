@@ -450,6 +450,21 @@ def _load_digits(
     return DatasetDict({split: make(rows) for split, rows in _cut(stratified_order(labels, seed), SPLITS["digits"]).items()})
 
 # %% ../nbs/data.ipynb #1962a4f7
+_SYMBOLS = "\n abcdefghijklmnopqrstuvwxyz0123456789.,'\"-!?;:()&"  # anything else counts as a space
+
+def _load_characters(
+    seed:int, # picks the split of movies
+):
+    "Sentences as one stream of lower-case characters, in windows of 64; the label of each character is the next one."
+    from datasets import Dataset, DatasetDict
+    rated, splits = _load_movies(seed), {}
+    for split, most in (("train", 8000), ("validation", 200), ("test", 500), ("amazon", 300)):
+        stream = [max(_SYMBOLS.find(c), 0) or int(c != "\n") for c in "\n".join(rated[split]["text"]).lower()]
+        starts = range(0, len(stream) - 64, 64)[:most]
+        splits[split] = Dataset.from_dict(dict(idx=list(range(len(starts))), input_ids=[stream[i:i+64] for i in starts], label=[stream[i+1:i+65] for i in starts]))
+    return DatasetDict(splits)
+
+# %% ../nbs/data.ipynb #9b1976f0
 GLUE = ("cola", "sst2", "mrpc", "qqp", "stsb", "mnli", "qnli", "rte", "wnli")
 _TEXTS = (("text", "text_pair"), ("sentence1", "sentence2"), ("question1", "question2"), ("question", "sentence"),
           ("premise", "hypothesis"), ("sentence",), ("text",))
@@ -523,22 +538,22 @@ def _load_hub(
 
 # %% ../nbs/data.ipynb #6f7873fa
 def load_task(
-    name:str, # "movies", "digits", a GLUE task, or a set in `data_dir`
+    name:str, # "movies", "characters", "digits", a GLUE task, or a set in `data_dir`
     data_dir:str|Path|None=None, # folder with NAME/SPLIT.parquet; None: KDBOOK_DATA if set, else the Hub
     seed:int=0, # picks the split of movies and digits; no effect on sets that come with splits
 )->"datasets.DatasetDict": # train, validation, test as far as there are, then out-of-domain splits
     """The splits of a task, with the columns `idx`, `text` (and `text_pair`) or `pixel_values`, and `label`.
 
-    "movies" adds `ratings` and `human_probs`.
+    "movies" adds `ratings` and `human_probs`; "characters" has `input_ids`, and as `label` the next one of each.
     Raises `ValueError` for an unknown name and `FileNotFoundError` for a set that the folder lacks."""
     _need("datasets")
     if name == "movies": return _load_movies(seed)
-    if name == "digits": return _load_digits(seed)
+    if name in ("digits", "characters"): return (_load_digits if name == "digits" else _load_characters)(seed)
     root = data_dir or os.environ.get("KDBOOK_DATA")
     root = Path(root).expanduser() if root else None
     inside = sorted(p.name for p in root.iterdir() if p.is_dir()) if root and root.is_dir() else []
     if name not in (*GLUE, *inside):
-        known = dict.fromkeys(("movies", "digits", *GLUE, *inside))
+        known = dict.fromkeys(("movies", "characters", "digits", *GLUE, *inside))
         raise ValueError(f"unknown task {name!r}; there are {', '.join(known)}")
     return _load_folder(name, root) if root else _load_hub(name)
 

@@ -67,9 +67,9 @@ def soft_target_loss(
 
 # %% ../nbs/distillation.ipynb #fe292943
 def hinton_loss(
-    student_logits:Tensor, # (batch, num_labels)
-    teacher_logits:Tensor, # (batch, num_labels); receives no gradient
-    labels:Tensor, # (batch,), int; -100 marks a row without a label
+    student_logits:Tensor, # (batch, num_labels) or (batch, seq_len, vocab_size)
+    teacher_logits:Tensor, # same shape; receives no gradient
+    labels:Tensor, # (batch,) or (batch, seq_len), int; -100 marks a row or token without a label
     temperature:float=2.0, # > 0
     alpha:float=0.5, # in [0, 1]: weight of the soft targets; the labels get 1 - alpha
     reduction:Literal["mean","none"]="mean", # "mean": soft part over all rows, label part over the labelled ones
@@ -79,7 +79,7 @@ def hinton_loss(
     Raises `ValueError` if `alpha` is outside [0, 1], and as `soft_target_loss` does."""
     if not 0 <= alpha <= 1: raise ValueError(f"alpha must be in [0, 1], got {alpha}")
     soft = soft_target_loss(student_logits, teacher_logits, temperature, reduction)
-    hard = F.cross_entropy(student_logits, labels, ignore_index=-100, reduction="none")
+    hard = F.cross_entropy(student_logits.movedim(-1, 1), labels, ignore_index=-100, reduction="none")
     return alpha * soft + (1 - alpha) * reduce_loss(hard, reduction, labels != -100)
 
 # %% ../nbs/distillation.ipynb #8b77b9ee

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['load_tokenizer', 'teacher', 'num_parameters', 'pca_embeddings', 'student', 'Output', 'TextCNN', 'cnn_student',
-           'TextLSTM', 'lstm_student', 'ImageNet', 'image_net']
+           'TextLSTM', 'lstm_student', 'ImageNet', 'image_net', 'character_student']
 
 # %% ../nbs/models.ipynb #b42a5af0
 from contextlib import contextmanager
@@ -305,3 +305,18 @@ def image_net(
     for units in hidden: _whole(hidden=units)
     _whole(num_labels=num_labels, pixels=pixels)
     with _seeded(seed): return ImageNet((pixels, *hidden), num_labels).eval()
+
+# %% ../nbs/models.ipynb #31a33254
+def character_student(
+    layers:int=2, # Transformer layers
+    width:int=128, # hidden size, a multiple of 32
+    symbols:int=50, # of the task "characters"
+    window:int=64, # longest text
+    dropout:float=0.1, # in [0, 1)
+    seed:int=0, # of every weight; PyTorch's own generator is left alone
+): # Hugging Face GPT-2; logits (batch, seq_len, symbols); evaluation mode
+    "A small language model over characters; its output layer is its embedding, one tensor in two places."
+    _whole(layers=layers, width=width, symbols=symbols, window=window); _share(dropout=dropout)
+    config = _transformers().GPT2Config(vocab_size=symbols, n_positions=window, n_embd=width, n_layer=layers, n_head=_heads(width, None),
+        resid_pdrop=dropout, embd_pdrop=dropout, attn_pdrop=dropout, bos_token_id=0, eos_token_id=0, use_cache=False)
+    with _seeded(seed): return _transformers().GPT2LMHeadModel(config).eval()

@@ -51,14 +51,14 @@ class Objective(Protocol):
 
 # %% ../nbs/training.ipynb #1c9ab181
 def label_loss(
-    logits:Tensor, # (batch, num_labels), or (batch, 1) for regression
-    labels:Tensor, # (batch,); -100 marks a row without a label
-    reduction:Literal["mean","none"]="mean", # "mean": over the labelled rows; "none": 0 where there is no label
+    logits:Tensor, # (batch, num_labels), (batch, seq_len, vocab_size), or (batch, 1) for regression
+    labels:Tensor, # (batch,) or (batch, seq_len); -100 marks a row or token without a label
+    reduction:Literal["mean","none"]="mean", # "mean": over what is labelled; "none": 0 where there is no label
 )->Tensor: # nats, or squared error where there is one output
     "Cross-entropy, or the squared error of a single output; rows without a label count for nothing."
     known = labels != -100
     if not known.any(): return reduce_loss(logits.sum(-1) * 0, reduction)
-    if logits.shape[-1] > 1: return F.cross_entropy(logits, labels, ignore_index=-100, reduction=reduction)
+    if logits.shape[-1] > 1: return F.cross_entropy(logits.movedim(-1, 1), labels, ignore_index=-100, reduction=reduction)
     return reduce_loss((logits.flatten() - labels.flatten()).pow(2), reduction, known.flatten())
 
 # %% ../nbs/training.ipynb #896a93f6
@@ -136,6 +136,7 @@ class Callback:
     def after_step(self, run:"Run", progress:Progress)->None: "After each update."
     def after_epoch(self, run:"Run", progress:Progress)->None: "After each epoch, before its validation."
     def after_stage(self, run:"Run", progress:Progress)->None: "After each stage, before its best weights are loaded."
+    def weights(self)->dict[str,Tensor]|None: "Weights to validate and keep in place of the student's own, which train on; None: its own."
     def state_dict(self)->dict[str,Any]: "Tensors, numbers and strings to save."; return {}
     def load_state_dict(self, state:dict[str,Any])->None: "Take back what `state_dict` gave."
 
@@ -241,6 +242,7 @@ class Run:
     recipe:Recipe # what was run
     history:list[dict[str,Any]] = field(default_factory=list) # one row an epoch
     best:dict[str,Any]|None = None # stage, epoch and score of the kept weights; None without validation data
+    stage:int = 0 # number of the stage that is being run
 
     def table(self)->"pandas.DataFrame": # one row an epoch
         "The history as a table."
@@ -351,13 +353,17 @@ def _epoch(loop:_Loop, stage:Stage, number:int, epoch:int, loader:Any, sampler:L
 def _weights(model:nn.Module)->dict[str,Tensor]: return {k: v.detach().cpu().clone() for k, v in model.state_dict().items()}
 
 def _validate(loop:_Loop, row:dict[str,Any])->None:
-    "Score the student, and keep its weights where they are the best so far."
-    if loop.validation is None: return
+    "Score the student, or what a callback puts in its place, and keep those weights where they are the best so far."
+    instead = next((w for c in loop.run.recipe.callbacks if (w := c.weights()) is not None), None)
+    if loop.validation is None: loop.best_weights = instead; return
+    own = _weights(loop.bare()) if instead else None
+    if instead: loop.bare().load_state_dict(instead)
     logits = _run(loop.bare(), loop.validation, length_sorted(loop.validation.lengths, 64))
     row["val_score"] = float(loop.metric(logits, loop.validation.dense["labels"]))
     if loop.run.best is None or row["val_score"] > loop.run.best["score"]:
         loop.run.best = dict(stage=row["stage"], epoch=row["epoch"], row=len(loop.run.history), score=row["val_score"])
         loop.best_weights = _weights(loop.bare())
+    if own: loop.bare().load_state_dict(own)
 
 # %% ../nbs/training.ipynb #2bcae670
 def _save(loop:_Loop, stage:int, epoch:int)->None:
@@ -396,7 +402,7 @@ def _resume_stage(loop:_Loop, state:dict[str,Any])->None:
 # %% ../nbs/training.ipynb #bffdee23
 def _run_stage(loop:_Loop, number:int, index:list[int], state:dict[str,Any]|None)->None:
     "Train one stage, from the epoch a checkpoint stopped at."
-    stage, first = loop.run.recipe.stages[number], 0
+    stage, first, loop.run.stage = loop.run.recipe.stages[number], 0, number
     loader, sampler = _start_stage(loop, stage, number, index)
     if state is not None:
         first = state["epoch"]; _resume_stage(loop, state)
