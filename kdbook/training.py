@@ -241,7 +241,7 @@ class Run:
     student:nn.Module # with the kept weights
     recipe:Recipe # what was run
     history:list[dict[str,Any]] = field(default_factory=list) # one row an epoch
-    best:dict[str,Any]|None = None # stage, epoch and score of the kept weights; None without validation data
+    best:dict[str,Any]|None = None # stage, epoch, score of the kept weights, and whether a callback gave them; None without validation data
     stage:int = 0 # number of the stage that is being run
 
     def table(self)->"pandas.DataFrame": # one row an epoch
@@ -360,8 +360,9 @@ def _validate(loop:_Loop, row:dict[str,Any])->None:
     if instead: loop.bare().load_state_dict(instead)
     logits = _run(loop.bare(), loop.validation, length_sorted(loop.validation.lengths, 64))
     row["val_score"] = float(loop.metric(logits, loop.validation.dense["labels"]))
-    if loop.run.best is None or row["val_score"] > loop.run.best["score"]:
-        loop.run.best = dict(stage=row["stage"], epoch=row["epoch"], row=len(loop.run.history), score=row["val_score"])
+    best, replaced = loop.run.best, instead is not None
+    if best is None or row["val_score"] > best["score"] or (replaced and not best["replaced"]):  # a mean is kept once there is one
+        loop.run.best = dict(stage=row["stage"], epoch=row["epoch"], row=len(loop.run.history), score=row["val_score"], replaced=replaced)
         loop.best_weights = _weights(loop.bare())
     if own: loop.bare().load_state_dict(own)
 
