@@ -8,7 +8,8 @@ __all__ = ['arguments', 'main', 'print_ladder']
 # %% ../nbs/command_line.ipynb #96b18fc9
 import sys
 from typing import Iterable
-from .benchmark import LADDERS, METHODS, SETTINGS, ladder_table, recorded, run_ladder, setting_of, train_teacher, write_teacher_record
+from .benchmark import ladder_table, recorded, run_ladder, train_teacher, write_teacher_record
+from .methods import LADDERS, METHODS, SETTINGS, setting_of
 from .data import fetch
 
 # %% ../nbs/command_line.ipynb #59b2e118
