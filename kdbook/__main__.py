@@ -11,6 +11,7 @@ from typing import Iterable
 from .benchmark import ladder_table, recorded, run_ladder, train_teacher, write_teacher_record
 from .methods import LADDERS, METHODS, SETTINGS, setting_of
 from .data import fetch
+from .studies import STUDIES, run_study
 
 # %% ../nbs/command_line.ipynb #59b2e118
 def arguments()->"argparse.ArgumentParser":
@@ -20,13 +21,16 @@ def arguments()->"argparse.ArgumentParser":
     commands = parser.add_subparsers(dest="command", required=True)
     commands.add_parser("fetch", help="get the default data and backbone into the cache, and verify them (about 90 MB)")
     commands.add_parser("teacher", help="train the book's teacher and store what it writes (about 15 minutes on two cores)")
+    study = commands.add_parser("study", help="run the missing parts of a study; resumable")
+    study.add_argument("study", choices=sorted(STUDIES), help="which question")
     run = commands.add_parser("ladder", help="run the missing records of a method and its baselines; resumable")
     table = commands.add_parser("table", help="print a method's ladder from its records")
     for command in (run, table):
         command.add_argument("method", choices=sorted({*METHODS, *LADDERS}), metavar="method", help="the top rung: " + ", ".join(LADDERS) + ", or any other method of the benchmark")
         command.add_argument("--setting", action="append", choices=sorted(SETTINGS), help="may be repeated; default: all")
-    run.add_argument("--seeds", type=int, default=5, help="reported seeds (default 5)")
-    run.add_argument("--jobs", type=int, default=1, help="runs at once, one thread each (default 1)")
+    for command in (run, study):
+        command.add_argument("--seeds", type=int, default=5, help="reported seeds (default 5)")
+        command.add_argument("--jobs", type=int, default=1, help="runs at once, one thread each (default 1)")
     return parser
 
 # %% ../nbs/command_line.ipynb #d2d2d516
@@ -36,6 +40,7 @@ def main(argv:list[str]|None=None)->int: # exit code
     if args.command == "fetch":
         for name in ("movies", "minilm"): print(f"{name}: {fetch(name)}")
     elif args.command == "teacher": print(write_teacher_record(*train_teacher()))
+    elif args.command == "study": run_study(args.study, args.seeds, args.jobs)
     elif args.command == "ladder": run_ladder(args.method, args.setting or tuple(SETTINGS), args.seeds, args.jobs)
     else: print_ladder(args.method, args.setting or tuple(SETTINGS))
     return 0

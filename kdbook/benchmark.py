@@ -142,7 +142,8 @@ def noisy_rows(
     learn = lambda rows: fit(image_net(256, num_labels, seed, pixels), recipe, rows, judge, seed=seed, progress=False).student
     teacher = learn(seen)
     rows = with_column(rows, "teacher_logits", predict_logits(teacher, seen, progress=False))
-    rows = with_column(rows, "teacher_oof_logits", out_of_fold(seen, learn, progress=False)["teacher_oof_logits"])
+    if setting.teacher != "clean":  # which has learned nothing that it should not vouch for
+        rows = with_column(rows, "teacher_oof_logits", out_of_fold(seen, learn, progress=False)["teacher_oof_logits"])
     return rows, with_column(test, "teacher_logits", predict_logits(teacher, unseen, progress=False))
 
 # %% ../nbs/benchmark.ipynb #c6cb49a9

@@ -2,7 +2,8 @@
 
 # %% auto #0
 __all__ = ['transition_matrix', 'corrupt', 'human_label', 'bootstrap_targets', 'supported', 'support_of', 'small_losses',
-           'gated_loss', 'SoftRelabelling', 'SelectiveKD', 'SmallLossKD', 'out_of_fold', 'Memorisation', 'recipe']
+           'gated_loss', 'SoftRelabelling', 'SelectiveKD', 'SmallLossKD', 'out_of_fold', 'memorised', 'Memorisation',
+           'recipe']
 
 # %% ../nbs/noisy_label_kd.ipynb #a26ddfea
 import math
@@ -224,7 +225,17 @@ def out_of_fold(
         out[inside] = logits
     return with_column(dataset, "teacher_oof_logits", out)
 
-# %% ../nbs/noisy_label_kd.ipynb #146601cc
+# %% ../nbs/noisy_label_kd.ipynb #fe8c5eba
+def memorised(
+    rows:"datasets.Dataset", # with `label`, `true_label` and `corrupted`
+    logits:Tensor, # (rows, num_labels)
+)->dict[str,float|None]: # shares: of clean rows answered right; of spoilt rows by their true label, and by their wrong one
+    "How much of the truth, and how much of the noise, a model repeats; None where there are no such rows."
+    said, (label, truth, spoilt) = logits.argmax(-1), (torch.tensor(rows[name]) for name in ("label", "true_label", "corrupted"))
+    share = lambda right, where: right[where].float().mean().item() if where.any() else None
+    return dict(clean=share(said == truth, ~spoilt), recovered=share(said == truth, spoilt), memorised=share(said == label, spoilt))
+
+# %% ../nbs/noisy_label_kd.ipynb #1ce533e6
 class Memorisation(Callback):
     "After every epoch: what the student says of the training rows, the spoilt ones above all."
     def __init__(self,
@@ -235,10 +246,7 @@ class Memorisation(Callback):
         "Add a line to `epochs_seen`."
         if run.stage == 0 and progress.epoch == 1: self.epochs_seen = []  # a new run
         if self._encoded is None: self._encoded = encode(self._rows, run.student)
-        said = predict_logits(run.student, self._encoded, progress=False).argmax(-1)
-        label, truth, spoilt = (torch.tensor(self._rows[name]) for name in ("label", "true_label", "corrupted"))
-        share = lambda right, where: right[where].float().mean().item() if where.any() else float("nan")
-        self.epochs_seen.append(dict(clean=share(said == truth, ~spoilt), recovered=share(said == truth, spoilt), memorised=share(said == label, spoilt)))
+        self.epochs_seen.append(memorised(self._rows, predict_logits(run.student, self._encoded, progress=False)))
 
     def state_dict(self)->dict[str,Any]: "The lines so far."; return {"epochs_seen": self.epochs_seen}
     def load_state_dict(self, state:dict[str,Any])->None: "Take them back."; self.epochs_seen = list(state["epochs_seen"])
