@@ -7,6 +7,7 @@ import torch
 
 from kdbook.models import image_net
 from kdbook.reweighted_kd import RWKD
+from kdbook.swa import SWA
 from kdbook.training import Callback, CrossEntropy, LogitMSE, Recipe, Stage
 from kdbook.universal_kd import PseudoClassifiers, UniversalKD, train_heads
 from test_training import forked, go, images, in_new_process, net
@@ -30,10 +31,13 @@ def annotated():
 def case(name):
     "Student, stages and rows; each makes twelve updates."
     stage = lambda objective, epochs=3: Stage(objective, epochs, 5e-3, 16)
-    if name == "logit MSE": return net(), (stage(LogitMSE()),), images(49)
+    if name in ("logit MSE", "SWA"): return net(), (stage(LogitMSE()),), images(49)
     if name == "RW-KD": return net(), (stage(RWKD(images(20, 7))),), images(49)
     student = PseudoClassifiers(image_net((8, 8), num_labels=4, pixels=16), example=EXAMPLE)
     return student, (stage(UniversalKD("il"), 2), stage(CrossEntropy(), 1)), annotated()  # in the second stage the heads are unused
+
+
+def extra(name): return (SWA(),) if name == "SWA" else ()
 
 
 def one_of_two(rank, folder, port, name):
@@ -41,7 +45,7 @@ def one_of_two(rank, folder, port, name):
     torch.set_num_threads(1)
     student, stages, rows = case(name)
     watch = Count()
-    run = go(student, Recipe(stages, (watch,)), rows, images(32, 1), checkpoint=Path(folder) / "checkpoint")
+    run = go(student, Recipe(stages, (watch, *extra(name))), rows, images(32, 1), checkpoint=Path(folder) / "checkpoint")
     assert torch.distributed.get_world_size() == 2
     torch.save(dict(weights=run.student.state_dict(), history=run.history, updates=watch.updates), Path(folder) / f"rank{rank}.pt")
     torch.distributed.destroy_process_group()
@@ -59,14 +63,14 @@ def two_processes(folder, port, name):
 
 
 @pytest.mark.skipif(not hasattr(os, "fork") or not torch.distributed.is_available(), reason="needs fork and torch.distributed")
-@pytest.mark.parametrize("name", ["logit MSE", "RW-KD", "Universal-KD"])
+@pytest.mark.parametrize("name", ["logit MSE", "SWA", "RW-KD", "Universal-KD"])
 def test_two_processes_make_the_updates_of_one(tmp_path, name):
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]
     in_new_process("two_processes", tmp_path, port, name, module="test_two_processes")
     student, stages, rows = case(name)
-    single = go(student, Recipe(stages, (Count(),)), rows, images(32, 1))
+    single = go(student, Recipe(stages, (Count(), *extra(name))), rows, images(32, 1))
     ranks = [torch.load(tmp_path / f"rank{r}.pt", weights_only=True) for r in "01"]
     kept = [k for k in ranks[0]["weights"] if not k.startswith("heads.")]  # unused in the second stage, so only decay moves them there
     assert all(torch.equal(ranks[0]["weights"][k], ranks[1]["weights"][k]) for k in ranks[0]["weights"])

@@ -1,0 +1,127 @@
+"""SWA: the mean against a loop, no side effect, killed runs, what is kept."""
+import json, os, signal
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings, strategies as st
+
+from kdbook import annealing_kd, swa
+from kdbook.distillation import annotate
+from kdbook.models import character_student, image_net
+from kdbook.swa import SWA, snapshot_steps
+from kdbook.training import Callback, CrossEntropy, Recipe, Stage
+from test_training import forked, go, images, in_new_process, net, same
+
+
+class Film(Callback):
+    "Keeps the weights after every update, and of which stage they are."
+    def __init__(self): self.frames = []
+    def after_step(self, run, progress): self.frames.append((run.stage, {k: v.detach().clone() for k, v in run.student.state_dict().items()}))
+
+
+class Kill(Callback):
+    "Ends the process after some updates of its own."
+    def __init__(self, after): self.left = after
+    def after_step(self, run, progress):
+        self.left -= 1
+        if self.left == 0: os.kill(os.getpid(), signal.SIGKILL)
+    def state_dict(self): return {"left": 0}  # its count is no setting of the run
+
+
+def constant(epochs=3, lr=5e-3): return Stage(CrossEntropy(), epochs, lr, 8, schedule="constant")
+
+
+def mean_of(frames): return {k: torch.stack([f[k] for f in frames]).mean(0) for k in frames[0]}
+
+
+@settings(max_examples=80, deadline=None)
+@given(st.integers(1, 300), st.floats(0, 1), st.integers(1, 40))
+def test_snapshots_against_a_loop(steps, start, every):
+    first = max(1, int(start * steps))
+    naive = [t for t in range(1, steps + 1) if t >= first and (t - first) % every == 0]
+    assert list(snapshot_steps(steps, start, every)) == naive
+    assert len(naive) == (steps - first) // every + 1
+
+
+@pytest.mark.parametrize("start, every", [(0., 1), (.5, 1), (.5, 4), (1., 1)])
+def test_the_mean_is_that_of_the_snapshots_and_training_does_not_notice(start, every):
+    film, other = Film(), Film()
+    plain = go(net(), Recipe((constant(),), (film,)), images())
+    run = go(net(), Recipe((constant(),), (SWA(start, every), other)), images())  # no validation rows: the mean is what is left
+    steps = len(film.frames)
+    assert all(same(a, b) for (_, a), (_, b) in zip(film.frames, other.frames)) and len(other.frames) == steps
+    expected = mean_of([film.frames[t - 1][1] for t in snapshot_steps(steps, start, every)])
+    for name, value in run.student.state_dict().items(): torch.testing.assert_close(value, expected[name], atol=1e-6, rtol=0)
+    if start == 1.: assert same(run.student.state_dict(), plain.student.state_dict())  # one snapshot, bit for bit
+
+
+def test_validation_sees_the_mean_and_only_means_are_kept():
+    film = Film()
+    run = go(net(), Recipe((constant(6),), (SWA(), film)), images(), images(40, 1))
+    assert run.best["replaced"] and run.best["epoch"] >= 3
+    per_epoch, steps = len(film.frames) // 6, len(film.frames)
+    taken = [t for t in snapshot_steps(steps) if t <= run.best["epoch"] * per_epoch]
+    expected = mean_of([film.frames[t - 1][1] for t in taken])
+    for name, value in run.student.state_dict().items(): torch.testing.assert_close(value, expected[name], atol=1e-6, rtol=0)
+
+
+def test_only_its_own_stage_is_averaged():
+    teacher = image_net(8, num_labels=4, pixels=16, seed=3)
+    rows = annotate(images(), teacher, cache=False, progress=False)
+    film = Film()
+    recipe = swa.recipe(annealing_kd.recipe(3, (3, 4), 5e-3, 8))
+    run = go(net(), Recipe(recipe.stages, (*recipe.callbacks, film)), rows)
+    last = [w for stage, w in film.frames if stage == 1]
+    expected = mean_of([last[t - 1] for t in snapshot_steps(len(last))])
+    for name, value in run.student.state_dict().items(): torch.testing.assert_close(value, expected[name], atol=1e-6, rtol=0)
+
+
+def test_a_second_run_begins_anew():
+    callback = SWA()
+    first = go(net(), Recipe((constant(),), (callback,)), images())
+    again = go(net(), Recipe((constant(),), (callback,)), images())
+    assert same(first.student.state_dict(), again.student.state_dict())
+
+
+def swa_process(folder, kill):
+    callback = SWA(.25, 2)
+    run = go(net(), Recipe((constant(4),), (callback, Kill(kill or 10**6))), images(), images(40, 1), checkpoint=folder / "checkpoint")
+    torch.save(dict(weights=run.student.state_dict(), state=callback.state_dict(), best=json.dumps(run.best)), folder / "run.pt")
+
+
+def swa_killed(folder):
+    import accelerate, datasets  # noqa: F401
+    folder = Path(folder)
+    for name, kills in (("whole", ()), ("killed", (7, 9))):
+        (folder / name).mkdir()
+        codes = [forked(swa_process, folder / name, kill) for kill in (*kills, None)]
+        assert codes == [-signal.SIGKILL] * len(kills) + [0], codes
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+def test_a_killed_run_ends_on_the_same_mean(tmp_path):
+    in_new_process("swa_killed", tmp_path, module="test_swa")
+    whole, killed = (torch.load(tmp_path / name / "run.pt", weights_only=True) for name in ("whole", "killed"))
+    assert same(whole["weights"], killed["weights"]) and whole["best"] == killed["best"]
+    assert same(whole["state"], killed["state"]) and int(whole["state"]["n_averaged"]) > 3
+
+
+def test_the_mean_of_many_half_precision_weights_does_not_drift():
+    "In bfloat16 a mean of a thousand numbers near 1 stops moving; in 32 bits it does not."
+    model = torch.nn.Linear(1, 1, bias=False).bfloat16()
+    mean = SWA().average(model)
+    for i in range(1000):
+        with torch.no_grad(): model.weight.fill_(1. + (i % 2) / 8)
+        mean.update_parameters(model)
+    assert abs(mean.module.weight.item() - 1.0625) < 1e-4
+
+
+def test_tied_weights_stay_tied_after_a_run():
+    from datasets import Dataset
+    g = torch.Generator().manual_seed(0)
+    text = torch.randint(0, 50, (24, 65), generator=g)
+    rows = Dataset.from_dict(dict(input_ids=text[:, :-1].tolist(), label=text[:, 1:].tolist()))
+    run = go(character_student(1, 32, seed=0), swa.recipe(epochs=2, batch_size=8), rows, rows)
+    assert run.student.get_input_embeddings().weight is run.student.get_output_embeddings().weight
+    assert 0 <= run.best["score"] <= 1
