@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['SETTINGS', 'SMALL', 'SEARCH_SEEDS', 'METHODS', 'BASELINES', 'LADDERS', 'TRAIL', 'WEIGHTS', 'ON_KD', 'Setting',
-           'NoisySetting', 'ladder_of', 'setting_of', 'Method']
+           'NoisySetting', 'setting_of', 'Method', 'ladder_of']
 
 # %% ../nbs/methods.ipynb #e74a610a
 from dataclasses import dataclass
@@ -78,14 +78,6 @@ SETTINGS |= {
 }
 
 # %% ../nbs/methods.ipynb #bf7e1eb7
-def ladder_of(
-    method:str, # a key of METHODS or of LADDERS
-)->tuple[str,...]: # rungs, bottom first
-    "The methods that `method` is compared with, itself last; \"techniques\" are all techniques, \"all\" their controls as well."
-    if method in LADDERS: return LADDERS[method]
-    if method not in METHODS: raise ValueError(f"no method {method!r}; there are {', '.join(METHODS)}")
-    return tuple(dict.fromkeys((*BASELINES, method)))
-
 def setting_of(
     name:str, # a key of SETTINGS
 )->Setting:
@@ -247,3 +239,12 @@ LADDERS |= {
     "swa_controls": (*BASELINES, "swa_linear", "constant_rate", "swa", "hinton_swa"),
     "swa_on_kd": tuple(m for name in (*ON_KD, "reweighted_kd") for m in (name, f"{name}_swa")),
 }
+
+# %% ../nbs/methods.ipynb #63a4b843
+def ladder_of(
+    method:str, # a key of METHODS or of LADDERS
+)->tuple[str,...]: # rungs, bottom first
+    "The methods that `method` is compared with, itself last; \"techniques\" are all techniques, \"all\" their controls as well."
+    if method in LADDERS: return LADDERS[method]
+    if method not in METHODS: raise ValueError(f"no method {method!r}; there are {', '.join(METHODS)}")
+    return tuple(dict.fromkeys((*BASELINES, method)))

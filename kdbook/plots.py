@@ -38,6 +38,27 @@ _METHODS = { # key: (colour, marker, name in the text)
     "teacher":          ("#000000", "d", "teacher"),
 }
 
+# %% ../nbs/plots.ipynb #2e2ca7ff
+_METHODS |= {
+    "hinton_oof":       ("#56B4E9", "<", "plain KD, out of fold"),
+    "relabel":          ("#009E73", "<", "soft relabelling"),
+    "relabel_oof":      ("#009E73", ">", "soft relabelling, out of fold"),
+    "select_in_sample": ("#D55E00", "<", "selection, gate in sample"),
+    "select":           ("#882255", "<", "selection, gate out of fold"),
+    "select_oof":       ("#882255", ">", "selection, all out of fold"),
+    "small_loss":       ("#E69F00", "<", "small losses"),
+    "reweighted_1":     ("#D55E00", "p", "RW-KD at temperature 1"),
+    "constant_rate":    ("#747474", "h", "constant rate, no mean"),
+    "swa_linear":       ("#E69F00", "h", "mean, falling rate"),
+    "hinton_swa":       ("#56B4E9", "h", "plain KD + SWA"),
+    "logit_mse_swa":    ("#0072B2", "h", "logit MSE + SWA"),
+    "annealing_kd_swa": ("#D55E00", "h", "Annealing-KD + SWA"),
+    "continuation_kd_swa": ("#009E73", "h", "Continuation-KD + SWA"),
+    "progressive_kd_swa": ("#882255", "h", "Pro-KD + SWA"),
+    "universal_kd_swa": ("#332288", "h", "Universal-KD + SWA"),
+    "reweighted_kd_swa": ("#D55E00", "H", "RW-KD + SWA"),
+}
+
 # %% ../nbs/plots.ipynb #8a9adb46
 _METHODS |= {
     "continuation_no_margin": ("#E69F00", "v", "Continuation-KD, margin 0"),
