@@ -24,7 +24,7 @@ def snapshot_steps(
     if every < 1: raise ValueError(f"every must be >= 1 update, got {every}")
     return range(max(1, int(start * steps)), steps + 1, every)
 
-# %% ../nbs/swa.ipynb #fb80fb5f
+# %% ../nbs/swa.ipynb #05662cee
 class SWA(Callback):
     "Averages the weights along the last part of one stage; the mean is validated and kept in place of the student's own."
     def __init__(self,
@@ -34,31 +34,34 @@ class SWA(Callback):
     ):
         snapshot_steps(1, start, every)  # a wrong number fails here, not an hour later
         self.start, self.every, self.stage = start, every, stage
-        self._average, self._saved = None, {}
+        self._average, self._names, self._saved, self._here = None, [], {}, False
 
     def after_step(self, run:"Run", progress:Progress)->None:
-        "Take a snapshot, where there is one to take."
+        "Take a snapshot, where there is one to take. Raises `ValueError` for a recipe without that stage."
         if run.stage == 0 and progress.step == 1: self._average, self._saved = None, {}  # a new run
-        if run.stage != range(len(run.recipe.stages))[self.stage]: return
-        if progress.step not in snapshot_steps(progress.steps, self.start, self.every): return
-        self.average(run.student).update_parameters(run.student)
+        stages = len(run.recipe.stages)
+        if not -stages <= self.stage < stages: raise ValueError(f"SWA(stage={self.stage}) needs that stage, but the recipe has {stages}")
+        self._here = run.stage == self.stage % stages
+        if self._here and progress.step in snapshot_steps(progress.steps, self.start, self.every): self.add(run.student)
 
-    def average(self, student:nn.Module)->AveragedModel:
-        "The running mean; begun anew, or from a checkpoint's."
+    def add(self, student:nn.Module)->None:
+        "One more snapshot: only what is trained, a shared tensor once, in at least 32 bits."
+        moving = {name: p for name, p in student.named_parameters() if p.requires_grad}
         if self._average is None:
-            self._average = AveragedModel(student, avg_fn=get_swa_avg_fn()).float()  # a mean of many needs 32 bits
-            if self._saved: self._average.load_state_dict(self._saved)
-        return self._average
+            self._names, self._average = list(moving), AveragedModel(nn.ParameterList(moving.values()), avg_fn=get_swa_avg_fn()).float()
+            if self._saved: self._average.load_state_dict({k: v for k, v in self._saved.items() if k != "names"})
+        self._average.update_parameters(nn.ParameterList(moving.values()))
+
+    def weights(self)->dict[str,Tensor]|None:
+        "The mean, by parameter, within its stage and once there is one. Frozen weights and buffers stay the student's own."
+        if self._average is None or not self._here: return None
+        return {name: p.detach() for name, p in zip(self._names, self._average.module)}
 
     def state_dict(self)->dict[str,Any]:
         "The mean so far, and of how many snapshots it is."
-        return self._saved if self._average is None else self._average.state_dict()
+        return self._saved if self._average is None else {"names": self._names, **self._average.state_dict()}
 
     def load_state_dict(self, state:dict[str,Any])->None: "Take back what `state_dict` gave."; self._average, self._saved = None, state
-
-    def weights(self)->dict[str,Tensor]|None:
-        "The mean, by parameter and buffer, where there is one."
-        return {k.removeprefix("module."): v for k, v in self.state_dict().items() if k.startswith("module.")} or None
 
 # %% ../nbs/swa.ipynb #c5b39a82
 def recipe(

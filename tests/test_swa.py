@@ -104,17 +104,33 @@ def test_a_killed_run_ends_on_the_same_mean(tmp_path):
     in_new_process("swa_killed", tmp_path, module="test_swa")
     whole, killed = (torch.load(tmp_path / name / "run.pt", weights_only=True) for name in ("whole", "killed"))
     assert same(whole["weights"], killed["weights"]) and whole["best"] == killed["best"]
+    assert whole["state"].pop("names") == killed["state"].pop("names")
     assert same(whole["state"], killed["state"]) and int(whole["state"]["n_averaged"]) > 3
 
 
 def test_the_mean_of_many_half_precision_weights_does_not_drift():
     "In bfloat16 a mean of a thousand numbers near 1 stops moving; in 32 bits it does not."
     model = torch.nn.Linear(1, 1, bias=False).bfloat16()
-    mean = SWA().average(model)
+    mean = SWA()
     for i in range(1000):
         with torch.no_grad(): model.weight.fill_(1. + (i % 2) / 8)
-        mean.update_parameters(model)
-    assert abs(mean.module.weight.item() - 1.0625) < 1e-4
+        mean.add(model)
+    assert abs(mean.state_dict()["module.0"].item() - 1.0625) < 1e-4
+
+
+def test_frozen_weights_and_buffers_stay_the_students_own():
+    model = torch.nn.Sequential(torch.nn.Linear(3, 3), torch.nn.BatchNorm1d(3), torch.nn.Linear(3, 2))
+    model[0].requires_grad_(False)
+    mean = SWA()
+    mean.add(model)
+    assert mean.state_dict()["names"] == ["1.weight", "1.bias", "2.weight", "2.bias"]
+
+
+def test_an_earlier_stage_may_be_averaged_and_the_next_one_begins_from_its_mean():
+    film = Film()
+    run = go(net(), Recipe((constant(4), constant(2)), (SWA(stage=0), film)), images(), images(40, 1))
+    assert len(run.history) == 6 and film.frames[-1][0] == 1
+    with pytest.raises(ValueError, match="the recipe has 1"): go(net(), Recipe((constant(),), (SWA(stage=1),)), images())
 
 
 def test_tied_weights_stay_tied_after_a_run():
