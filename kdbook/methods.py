@@ -237,7 +237,7 @@ LADDERS["techniques"] = (*BASELINES, "annealing_kd", "continuation_kd", "progres
 LADDERS |= {
     "noisy_label_kd": (*BASELINES, "hinton_oof", "relabel", "relabel_oof", "select_in_sample", "select", "select_oof", "small_loss", "reweighted_1"),
     "swa_controls": (*BASELINES, "swa_linear", "constant_rate", "swa", "hinton_swa"),
-    "swa_on_kd": tuple(m for name in (*ON_KD, "reweighted_kd") for m in (name, f"{name}_swa")),
+    "swa_on_kd": tuple(dict.fromkeys((*BASELINES, *(m for name in (*ON_KD, "reweighted_kd") for m in (name, f"{name}_swa"))))),
 }
 
 # %% ../nbs/methods.ipynb #63a4b843

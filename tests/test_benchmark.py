@@ -9,6 +9,7 @@ import torch
 from hypothesis import given, settings, strategies as st
 
 import kdbook.benchmark as b
+import kdbook.methods as m
 from kdbook.training import CrossEntropy, Recipe, Stage
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -87,8 +88,8 @@ def test_settings_and_seeds_are_sane():
     assert not set(b.SEARCH_SEEDS) & set(range(50)), "reported seeds are 0, 1, 2, ..."
     for setting in b.SETTINGS.values():
         assert list(setting.lrs) == sorted(set(setting.lrs)) and setting.epochs[0] >= setting.tau_max
-    for ladder in b.LADDERS.values():
-        assert set(b.BASELINES) <= set(ladder) <= set(b.METHODS)
+    for ladder in m.LADDERS.values():
+        assert set(m.BASELINES) <= set(ladder) <= set(b.METHODS)
 
 
 # -- rows ----------------------------------------------------------------------------------------------------------
@@ -169,7 +170,7 @@ def test_the_rule_of_the_search(monkeypatch):
 def test_a_single_rate_needs_no_search(tiny, monkeypatch):
     monkeypatch.setitem(b.SETTINGS, "single", replace(TINY, lrs=(1e-2,)))
     b.run_ladder("hinton", ["single"], seeds=2)
-    assert [b.chosen_lr("single", method) for method in b.BASELINES] == [1e-2] * 3
+    assert [b.chosen_lr("single", method) for method in m.BASELINES] == [1e-2] * 3
     names = [p.name for p in (tiny.parent / "single").glob("*.json")]
     assert len(names) == 3 * 2 and not any(f"seed{s}" in n for n in names for s in b.SEARCH_SEEDS)
 
@@ -186,7 +187,7 @@ def test_ladder_resumes_and_refuses_to_mix(tiny, monkeypatch):
     assert len(list(tiny.glob("*.json"))) == len(before) + 3
 
     rungs = b.ladder("tiny", "hinton")
-    assert [r.method for r in rungs] == [*b.BASELINES, "teacher"] and rungs[0].seeds == 3
+    assert [r.method for r in rungs] == [*m.BASELINES, "teacher"] and rungs[0].seeds == 3
     assert rungs[0].gain == b.paired_difference(b.correct("tiny", "alone"), b.correct("tiny", "hinton"))
     assert list(b.ladder_table("tiny", "hinton").index) == ["student alone", "plain KD", "logit MSE", "teacher"]
     with pytest.raises(FileNotFoundError, match="python -m kdbook ladder logit_mse_labels --setting tiny"):
@@ -198,15 +199,15 @@ def test_ladder_resumes_and_refuses_to_mix(tiny, monkeypatch):
             b.run_ladder("hinton", ["tiny"], seeds=3)
     monkeypatch.setitem(b.SETTINGS, "tiny", TINY)
     stage = lambda s, lr: Recipe((Stage(CrossEntropy(), sum(s.epochs) * 2, lr, s.batch_size, weight_decay=.5),))
-    monkeypatch.setitem(b.METHODS, "alone", b.Method("student alone", stage))
+    monkeypatch.setitem(b.METHODS, "alone", m.Method("student alone", stage))
     with pytest.raises(ValueError, match="was run with recipe="):
         b.ladder_table("tiny", "hinton")
 
 
 def test_a_method_is_one_line(tiny, monkeypatch):
-    monkeypatch.setitem(b.METHODS, "mine", b.Method("mine", b.METHODS["hinton"].recipe))
+    monkeypatch.setitem(b.METHODS, "mine", m.Method("mine", b.METHODS["hinton"].recipe))
     b.run_ladder("mine", ["tiny"], seeds=2)
-    assert b.ladder_of("mine") == (*b.BASELINES, "mine")
+    assert b.ladder_of("mine") == (*m.BASELINES, "mine")
     rung = b.ladder("tiny", "mine")[3]
     assert (rung.method, rung.gain.mean) == ("mine", 0.0), "plain KD under another name gains nothing"
 
