@@ -235,7 +235,7 @@ LADDERS["swa"] = (*BASELINES, "annealing_kd", "continuation_kd", "progressive_kd
 LADDERS["all"] = tuple(dict.fromkeys(m for name, rungs in LADDERS.items() if name != "best_checkpoint" and not name.endswith("_controls") for m in rungs))
 LADDERS["techniques"] = (*BASELINES, "annealing_kd", "continuation_kd", "progressive_kd", "universal_kd", "reweighted_kd", "swa")  # without their controls
 LADDERS |= {
-    "noisy_label_kd": (*BASELINES, "hinton_oof", "relabel", "relabel_oof", "select_in_sample", "select", "select_oof", "small_loss", "reweighted_1"),
+    "noisy_label_kd": (*BASELINES, "weight_75", "hinton_oof", "relabel", "relabel_oof", "select_in_sample", "select", "select_oof", "small_loss", "reweighted_1"),
     "swa_controls": (*BASELINES, "swa_linear", "constant_rate", "swa", "hinton_swa"),
     "swa_on_kd": tuple(dict.fromkeys((*BASELINES, *(m for name in (*ON_KD, "reweighted_kd") for m in (name, f"{name}_swa"))))),
 }

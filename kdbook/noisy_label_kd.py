@@ -37,7 +37,7 @@ def _relabelled(dataset:"datasets.Dataset", labels:Tensor)->"datasets.Dataset":
     for name, values in (("true_label", truth), ("corrupted", labels != truth)): dataset = with_column(dataset, name, values)
     return with_column(dataset, "label", labels)
 
-# %% ../nbs/noisy_label_kd.ipynb #e0ba346f
+# %% ../nbs/noisy_label_kd.ipynb #d45e4a94
 def corrupt(
     dataset:"datasets.Dataset", # rows with `label`; those with -100 stay as they are
     kind:Literal["symmetric","pair"]="symmetric", # as in `transition_matrix`
@@ -49,11 +49,14 @@ def corrupt(
     """The data set with some of its labels wrong. Nothing but analysis may read `true_label` and `corrupted`.
 
     Raises `ValueError` as `transition_matrix` does, for a label outside the matrix, and for rows that do not sum to 1."""
+    if "true_label" in dataset.column_names: raise ValueError("these labels were corrupted before: start from the clean rows")
     truth = torch.tensor(dataset["label"])
+    if truth.is_floating_point() or ((truth < 0) & (truth != -100)).any() or not (truth != -100).any():
+        raise ValueError(f"labels must be classes from 0, or -100 where there is none, and some must be there; got {truth[:5].tolist()}...")
     num_labels = num_labels or (int(truth.max()) + 1 if matrix is None else len(matrix))
     Q = transition_matrix(kind, rate, num_labels) if matrix is None else torch.as_tensor(matrix, dtype=torch.float)
     if Q.shape != (num_labels, num_labels) or not torch.allclose(Q.sum(1), torch.ones(len(Q))) or (Q < 0).any():
-        raise ValueError(f"the matrix must be ({num_labels}, {num_labels}) with rows of probabilities, got {tuple(Q.shape)}, rows that sum to {Q.sum(1).tolist()}")
+        raise ValueError(f"the matrix must be ({num_labels}, {num_labels}) with rows of probabilities, got {tuple(Q.shape)}, rows that sum to {Q.sum(-1).tolist()}")
     if truth.max() >= num_labels: raise ValueError(f"label {int(truth.max())} has no row in a matrix of {num_labels} classes: give num_labels=")
     g = torch.Generator().manual_seed(seed)
     spoilt, which = torch.rand(len(truth), generator=g), torch.rand(len(truth), 1, generator=g)
@@ -62,7 +65,7 @@ def corrupt(
     drawn = (which >= other).sum(1).clamp(max=num_labels - 1)
     return _relabelled(dataset, torch.where((spoilt < 1 - own[truth.clamp(min=0)]) & (truth != -100), drawn, truth))
 
-# %% ../nbs/noisy_label_kd.ipynb #064ebd2e
+# %% ../nbs/noisy_label_kd.ipynb #69925c40
 def human_label(
     dataset:"datasets.Dataset", # rows with `ratings`, from -4 to 4, and a binary `label`
     raters:int|None=1, # votes per row, drawn without replacement; None: all there are
@@ -79,9 +82,10 @@ def human_label(
         signs = torch.tensor(ratings).sign()[torch.randperm(len(ratings), generator=g)[:k]]
         coin = torch.rand((), generator=g) - .5
         votes.append(int(signs.sum() + coin > 0))
-    return _relabelled(dataset, torch.tensor(votes))
+    truth = torch.tensor(dataset["label"])
+    return _relabelled(dataset, torch.where(truth == -100, truth, torch.tensor(votes)))
 
-# %% ../nbs/noisy_label_kd.ipynb #574221e5
+# %% ../nbs/noisy_label_kd.ipynb #a6712150
 def memorised(
     rows:"datasets.Dataset|dict", # with `label`, `true_label` and `corrupted`
     logits:Tensor, # (rows, num_labels)
@@ -89,21 +93,23 @@ def memorised(
     "How much of the truth, and how much of the noise, a model repeats; None where there are no such rows."
     said, (label, truth, spoilt) = logits.argmax(-1), (torch.as_tensor(rows[name][:]) for name in ("label", "true_label", "corrupted"))
     share = lambda right, where: right[where].float().mean().item() if where.any() else None
-    return dict(clean=share(said == truth, ~spoilt), recovered=share(said == truth, spoilt), memorised=share(said == label, spoilt))
+    return dict(clean=share(said == truth, ~spoilt & (truth != -100)), recovered=share(said == truth, spoilt), memorised=share(said == label, spoilt))
 
-# %% ../nbs/noisy_label_kd.ipynb #5a8bb7b8
+# %% ../nbs/noisy_label_kd.ipynb #5e925afe
 class Memorisation(Callback):
     "After every epoch: what the student says of the training rows, the spoilt ones above all."
     def __init__(self,
         rows:"datasets.Dataset", # training rows, with `true_label` and `corrupted`
+        tokenizer:Any=None, # default: the student's own
+        max_length:int=64, # tokens kept per row
     ):
-        self._rows, self._inputs, self.epochs_seen = rows, None, []
+        self._rows, self._how, self._inputs, self.epochs_seen = rows, (tokenizer, max_length), None, []
         self._known = {name: torch.tensor(rows[name]) for name in ("label", "true_label", "corrupted")}
 
     def after_epoch(self, run:"Run", progress:Progress)->None:
         "Add a line to `epochs_seen`."
-        if run.stage == 0 and progress.epoch == 1: self.epochs_seen = []  # a new run
-        if self._inputs is None: self._inputs = Rows(encode(self._rows, run.student), pad_id=_pad_id(run.student))
+        if run.stage == 0 and progress.epoch == 1: self.epochs_seen, self._inputs = [], None  # a new run
+        if self._inputs is None: self._inputs = Rows(encode(self._rows, run.student, *self._how), pad_id=_pad_id(run.student, self._how[0]))
         logits = _run(run.student, self._inputs, length_sorted(self._inputs.lengths, 64))
         self.epochs_seen.append(memorised(self._known, logits))
 
@@ -123,7 +129,7 @@ def bootstrap_targets(
     believed = F.softmax(teacher_logits.detach() / temperature, dim=-1)
     return (1 - beta) * F.one_hot(labels.clamp(min=0), teacher_logits.shape[-1]) + beta * believed
 
-# %% ../nbs/noisy_label_kd.ipynb #0156845b
+# %% ../nbs/noisy_label_kd.ipynb #3e156bbc
 class SoftRelabelling:
     "Plain KD whose labels move towards the teacher. Raises `ValueError` for numbers out of range."
     requires, rows = ("label", "teacher_logits"), "all"
@@ -140,9 +146,9 @@ class SoftRelabelling:
     def __call__(self, student:nn.Module, batch:dict[str,Tensor], progress:Progress)->Loss:
         "Soft targets, and cross-entropy with `bootstrap_targets`."
         logits, labels, beta = forward(student, batch), batch["labels"], _now(self.beta, progress)
+        soft = soft_target_loss(logits, batch["teacher_logits"], self.temperature)
         targets = bootstrap_targets(labels, batch["teacher_logits"], beta, self.relabel_temperature)
         hard = reduce_loss(F.cross_entropy(logits, targets, reduction="none"), "mean", labels != -100)
-        soft = soft_target_loss(logits, batch["teacher_logits"], self.temperature)
         return Loss(self.alpha * soft + (1 - self.alpha) * hard, {"beta": beta})
 
 # %% ../nbs/noisy_label_kd.ipynb #c455a258
@@ -155,7 +161,7 @@ def _check_mix(temperature:float, alpha:float)->None:
     if temperature <= 0: raise ValueError(f"temperature must be > 0, got {temperature}")
     if not 0 <= alpha <= 1: raise ValueError(f"alpha must be in [0, 1], got {alpha}")
 
-# %% ../nbs/noisy_label_kd.ipynb #a6633762
+# %% ../nbs/noisy_label_kd.ipynb #2041016b
 def supported(
     labels:Tensor, # (batch,), as observed; -100 marks a row without a label
     teacher_logits:Tensor, # (batch, num_labels), of a teacher that has not trained on these rows
@@ -168,10 +174,11 @@ def support_of(
     labels:Tensor, # (batch,), as observed
     logits:Tensor, # (batch, num_labels)
 )->Tensor: # (batch,), probabilities
-    "The probability that a model gives to the observed label."
+    "The probability that a model gives to the observed label. Raises `ValueError` for a single output."
+    if logits.shape[-1] < 2: raise ValueError("support is a probability and needs at least 2 classes, got 1 output")
     return F.softmax(logits.detach(), dim=-1).gather(1, labels.clamp(min=0)[:, None])[:, 0]
 
-# %% ../nbs/noisy_label_kd.ipynb #539c4eda
+# %% ../nbs/noisy_label_kd.ipynb #256b9e81
 def gated_loss(
     student_logits:Tensor, # (batch, num_labels)
     teacher_logits:Tensor, # (batch, num_labels); receives no gradient
@@ -180,7 +187,9 @@ def gated_loss(
     temperature:float=2.0, # > 0
     alpha:float=0.5, # in [0, 1]: weight of the soft targets
 )->Tensor: # nats
-    "Plain KD in which some rows lose their label term; both parts are means over the whole batch."
+    "Plain KD in which some rows lose their label term; both parts are means over the whole batch. Raises `ValueError` outside the ranges and for another gate."
+    _check_mix(temperature, alpha)
+    if gate.shape != labels.shape: raise ValueError(f"gate {tuple(gate.shape)} != labels {tuple(labels.shape)}: one entry per row")
     soft = soft_target_loss(student_logits, teacher_logits, temperature)
     return alpha * soft + (1 - alpha) * (label_loss(student_logits, labels, "none") * gate).mean()
 
@@ -237,9 +246,9 @@ def small_losses(
     kept[order[:math.ceil(keep * int(known.sum()))]] = True
     return kept
 
-# %% ../nbs/noisy_label_kd.ipynb #5e17ba91
+# %% ../nbs/noisy_label_kd.ipynb #669495ec
 class SmallLossKD:
-    "Plain KD that listens to the labels that the student itself finds easiest in each batch."
+    "Plain KD that listens to the labels that the student itself finds easiest in each batch; with several processes or micro-batches, in each piece."
     requires, rows = ("label", "teacher_logits"), "all"
     def __init__(self,
         keep:float|tuple[float,float]=(1.,.8), # in (0, 1]: fixed, or from, to over the stage

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_swa_avg_fn
 from .training import Callback, CrossEntropy, Progress, Recipe, Stage
 
-# %% ../nbs/swa.ipynb #874c867b
+# %% ../nbs/swa.ipynb #091235ac
 def snapshot_steps(
     steps:int, # updates of the stage
     start:float=0.5, # fraction of them after which averaging begins, in [0, 1]
@@ -22,9 +22,9 @@ def snapshot_steps(
     "From update `start * steps` on, every `every`-th one. Raises `ValueError` outside the ranges."
     if not 0 <= start <= 1: raise ValueError(f"start must be a fraction in [0, 1], got {start}")
     if every < 1: raise ValueError(f"every must be >= 1 update, got {every}")
-    return range(max(1, int(start * steps)), steps + 1, every)
+    return range(max(1, int(start * steps + 1e-9)), steps + 1, every)  # .29 * 100 is a little less than 29
 
-# %% ../nbs/swa.ipynb #05662cee
+# %% ../nbs/swa.ipynb #45bfd8ec
 class SWA(Callback):
     "Averages the weights along the last part of one stage; the mean is validated and kept in place of the student's own."
     def __init__(self,
@@ -34,7 +34,7 @@ class SWA(Callback):
     ):
         snapshot_steps(1, start, every)  # a wrong number fails here, not an hour later
         self.start, self.every, self.stage = start, every, stage
-        self._average, self._names, self._saved, self._here = None, [], {}, False
+        self._average, self._names, self._saved, self._here = None, [], {}, True
 
     def after_step(self, run:"Run", progress:Progress)->None:
         "Take a snapshot, where there is one to take. Raises `ValueError` for a recipe without that stage."

@@ -355,9 +355,12 @@ def _weights(model:nn.Module)->dict[str,Tensor]: return {k: v.detach().cpu().clo
 def _validate(loop:_Loop, row:dict[str,Any])->None:
     "Score the student, or what a callback puts in its place, and keep those weights where they are the best so far."
     instead = next((w for c in loop.run.recipe.callbacks if (w := c.weights()) is not None), None)
-    if loop.validation is None: loop.best_weights = instead and _weights(loop.bare()) | instead; return
     own = _weights(loop.bare()) if instead else None
-    if instead: loop.bare().load_state_dict(instead, strict=False)
+    if instead: loop.bare().load_state_dict(instead, strict=False)  # by module, so that every name of a shared tensor gets the mean
+    if loop.validation is None:
+        loop.best_weights = _weights(loop.bare()) if instead else None
+        if own: loop.bare().load_state_dict(own)
+        return
     logits = _run(loop.bare(), loop.validation, length_sorted(loop.validation.lengths, 64))
     row["val_score"] = float(loop.metric(logits, loop.validation.dense["labels"]))
     best, replaced = loop.run.best, instead is not None

@@ -170,3 +170,16 @@ def test_selection_recovers_what_noise_takes():
     spoilt, label = torch.tensor(rows["corrupted"]), torch.tensor(rows["label"])
     through = [(support_of(label, z) >= .5)[spoilt].float().mean().item() for z in (inside, outside)]
     assert through[0] > through[1] + .2, through
+
+
+def test_bad_input_is_refused():
+    for labels, message in (([-1, 0], "classes from 0"), ([.5, 1.], "classes from 0"), ([-100, -100], "some must be there")):
+        with pytest.raises(ValueError, match=message): corrupt(labelled(labels))
+    with pytest.raises(ValueError, match="before"): corrupt(corrupt(labelled([0, 1, 1])))
+    with pytest.raises(ValueError, match="rows of probabilities"): corrupt(labelled([0, 1]), matrix=torch.ones(2))
+    z, y = torch.zeros(3, 2), torch.tensor([0, 1, 1])
+    with pytest.raises(ValueError, match="one entry per row"): gated_loss(z, z, y, torch.ones(3, 1))
+    with pytest.raises(ValueError, match="alpha"): gated_loss(z, z, y, torch.ones(3), alpha=2.)
+    for objective in (SoftRelabelling(), SelectiveKD(support="teacher_logits"), SmallLossKD()):
+        batch = dict(pixel_values=torch.rand(3, 16), labels=torch.zeros(3), teacher_logits=torch.zeros(3, 1))
+        with pytest.raises(ValueError, match="at least 2 classes"): objective(image_net(4, num_labels=1, pixels=16), batch, Progress())

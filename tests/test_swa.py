@@ -38,7 +38,7 @@ def mean_of(frames): return {k: torch.stack([f[k] for f in frames]).mean(0) for 
 @settings(max_examples=80, deadline=None)
 @given(st.integers(1, 300), st.floats(0, 1), st.integers(1, 40))
 def test_snapshots_against_a_loop(steps, start, every):
-    first = max(1, int(start * steps))
+    first = max(1, int(start * steps + 1e-9))
     naive = [t for t in range(1, steps + 1) if t >= first and (t - first) % every == 0]
     assert list(snapshot_steps(steps, start, every)) == naive
     assert len(naive) == (steps - first) // every + 1
@@ -141,3 +141,6 @@ def test_tied_weights_stay_tied_after_a_run():
     run = go(character_student(1, 32, seed=0), swa.recipe(epochs=2, batch_size=8), rows, rows)
     assert run.student.get_input_embeddings().weight is run.student.get_output_embeddings().weight
     assert 0 <= run.best["score"] <= 1
+    callback = SWA()
+    last = go(character_student(1, 32, seed=0), Recipe((constant(2),), (callback,)), rows)  # nothing to validate on
+    for name, value in callback.weights().items(): torch.testing.assert_close(last.student.get_parameter(name), value, atol=1e-6, rtol=0)
