@@ -24,7 +24,13 @@ def snapshot_steps(
     if every < 1: raise ValueError(f"every must be >= 1 update, got {every}")
     return range(max(1, int(start * steps + 1e-9)), steps + 1, every)  # .29 * 100 is a little less than 29
 
-# %% ../nbs/swa.ipynb #45bfd8ec
+# %% ../nbs/swa.ipynb #7a420d29
+def _stage_number(stage:int, stages:int)->int:
+    "0, 1, ... for a stage counted from either end."
+    if not -stages <= stage < stages: raise ValueError(f"SWA(stage={stage}) needs that stage, but the recipe has {stages}")
+    return stage % stages
+
+# %% ../nbs/swa.ipynb #a254033b
 class SWA(Callback):
     "Averages the weights along the last part of one stage; the mean is validated and kept in place of the student's own."
     def __init__(self,
@@ -33,15 +39,13 @@ class SWA(Callback):
         stage:int=-1, # which stage of the recipe; -1 is the last one
     ):
         snapshot_steps(1, start, every)  # a wrong number fails here, not an hour later
-        self.start, self.every, self.stage = start, every, stage
-        self._average, self._names, self._saved, self._here = None, [], {}, True
+        self.start, self.every, self.stage, self._here = start, every, stage, True
+        self._average, self._names, self._saved = None, [], {}
 
     def after_step(self, run:"Run", progress:Progress)->None:
         "Take a snapshot, where there is one to take. Raises `ValueError` for a recipe without that stage."
-        if run.stage == 0 and progress.step == 1: self._average, self._saved = None, {}  # a new run
-        stages = len(run.recipe.stages)
-        if not -stages <= self.stage < stages: raise ValueError(f"SWA(stage={self.stage}) needs that stage, but the recipe has {stages}")
-        self._here = run.stage == self.stage % stages
+        if run.stage == 0 and progress.step == 1: self.load_state_dict({})  # a new run
+        self._here = run.stage == _stage_number(self.stage, len(run.recipe.stages))
         if self._here and progress.step in snapshot_steps(progress.steps, self.start, self.every): self.add(run.student)
 
     def add(self, student:nn.Module)->None:
