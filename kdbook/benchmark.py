@@ -47,7 +47,7 @@ def _task(name:str)->tuple[Any,Any,Any]:
     "The task, and its training and test rows with the teacher's logits."
     from kdbook.data import load_task
     task = load_task(name)
-    if name == "characters": return task, task["train"], annotate(task["test"], characters_teacher(), progress=False)
+    if name == "characters": return task, task["train"], _continued(task["test"])
     if name != "digits": return task, annotate(task["train"], "minilm-movies"), annotate(task["test"], "minilm-movies")
     with tempfile.TemporaryDirectory() as folder:
         trail = Trail(DIGITS_TRAIL, folder)
@@ -91,6 +91,10 @@ def characters_teacher()->nn.Module:
     "The language model that the character students learn from; trained once, then read from the user's cache."
     from kdbook.data import cache_dir
     return _characters_model(str(cache_dir() / "teacher" / "characters"))
+
+def _continued(windows:Any)->Any:
+    "Windows of characters with what their teacher says of each character."
+    return with_column(windows, "teacher_logits", predict_logits(characters_teacher(), windows, progress=False))
 
 # %% ../nbs/benchmark.ipynb #e12a53d2
 class _SentenceVectors(nn.Module):
@@ -204,7 +208,7 @@ def run_one(setting_name:str, method:str, lr:float, seed:int)->dict[str,Any]:
     task, train, test = _task(setting.task)
     rows = training_rows(train, setting, seed)
     if setting.noise: rows, test = noisy_rows(setting, seed)
-    if setting.task == "characters": rows = annotate(rows, characters_teacher(), progress=False)
+    if setting.task == "characters": rows = _continued(rows)
     setup = METHODS[method].setup or (lambda setting, student, rows: (student, rows, {}))
     student, rows, more = setup(setting, _student(setting, seed), rows)
     run = fit(student, METHODS[method].recipe(setting, lr, **more), rows, task["validation"], seed=seed, progress=False)

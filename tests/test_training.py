@@ -438,7 +438,7 @@ def test_the_best_weights_are_kept():
     spoil, data = Spoil(3), images()
     run = go(net(), one(epochs=4, lr=2e-2, callbacks=[spoil]), data, data)
     assert run.history[3]["val_score"] < run.history[2]["val_score"]
-    assert run.best == dict(stage=0, epoch=3, row=2, score=run.history[2]["val_score"]) and same(run.student, spoil._before[2])
+    assert run.best == dict(stage=0, epoch=3, row=2, score=run.history[2]["val_score"], replaced=False) and same(run.student, spoil._before[2])
     logits = forward(run.student, {"pixel_values": torch.tensor(data["pixel_values"])})
     assert score(logits, torch.tensor(data["label"])) == pytest.approx(run.best["score"])
 
