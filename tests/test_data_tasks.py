@@ -228,7 +228,7 @@ def test_names_and_paths_that_do_not_exist(tmp_path, monkeypatch):
     pytest.importorskip("datasets")
     monkeypatch.delenv("KDBOOK_DATA", raising=False)
     write(tmp_path / "mine", "train", text=["a"], label=[0])
-    with pytest.raises(ValueError, match="'moive'; there are movies, digits, cola, .*wnli$"):
+    with pytest.raises(ValueError, match="'moive'; there are movies, characters, digits, cola, .*wnli$"):
         load_task("moive")
     with pytest.raises(ValueError, match="mine"):
         load_task("moive", data_dir=tmp_path)
