@@ -405,7 +405,7 @@ def ladder_table(
         test = f"{100*r.test[0]:.1f}" + ("" if r.seeds == 1 else f" ± {100*r.test[1]:.1f}")
         gain = "" if r.gain is None else str(r.gain) + ("" if r.gain.clear else "  no difference")
         table.append({"method": r.title, "test accuracy, %": test, "gain over plain KD": gain,
-                      **{f"{s}, %": f"{100*a:.1f}" for s, a in r.others.items()}, "test nll": f"{r.nll:.3f}",
+                      **{f"{s}, %": f"{100*a:.1f}" for s, a in r.others.items()}, "test nll": "" if np.isnan(r.nll) else f"{r.nll:.3f}",
                       "seeds": r.seeds, "lr": "" if r.lr is None else f"{r.lr:g}"})
     return pd.DataFrame(table).set_index("method")
 

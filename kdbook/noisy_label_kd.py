@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['transition_matrix', 'corrupt', 'human_label', 'memorised', 'Memorisation', 'bootstrap_targets', 'SoftRelabelling',
-           'supported', 'support_of', 'gated_loss', 'out_of_fold', 'SelectiveKD', 'small_losses', 'SmallLossKD',
+           'support_of', 'supported', 'gated_loss', 'out_of_fold', 'SelectiveKD', 'small_losses', 'SmallLossKD',
            'recipe']
 
 # %% ../nbs/noisy_label_kd.ipynb #705689dd
@@ -161,15 +161,7 @@ def _check_mix(temperature:float, alpha:float)->None:
     if temperature <= 0: raise ValueError(f"temperature must be > 0, got {temperature}")
     if not 0 <= alpha <= 1: raise ValueError(f"alpha must be in [0, 1], got {alpha}")
 
-# %% ../nbs/noisy_label_kd.ipynb #2041016b
-def supported(
-    labels:Tensor, # (batch,), as observed; -100 marks a row without a label
-    teacher_logits:Tensor, # (batch, num_labels), of a teacher that has not trained on these rows
-    threshold:float=0.5, # the probability that the teacher must give the label
-)->Tensor: # (batch,), bool; False where there is no label
-    "Which labels the teacher vouches for."
-    return (support_of(labels, teacher_logits) >= threshold) & (labels != -100)
-
+# %% ../nbs/noisy_label_kd.ipynb #355d0d5d
 def support_of(
     labels:Tensor, # (batch,), as observed
     logits:Tensor, # (batch, num_labels)
@@ -177,6 +169,15 @@ def support_of(
     "The probability that a model gives to the observed label. Raises `ValueError` for a single output."
     if logits.shape[-1] < 2: raise ValueError("support is a probability and needs at least 2 classes, got 1 output")
     return F.softmax(logits.detach(), dim=-1).gather(1, labels.clamp(min=0)[:, None])[:, 0]
+
+# %% ../nbs/noisy_label_kd.ipynb #6c86b32c
+def supported(
+    labels:Tensor, # (batch,), as observed; -100 marks a row without a label
+    teacher_logits:Tensor, # (batch, num_labels), of a teacher that has not trained on these rows
+    threshold:float=0.5, # the probability that the teacher must give the label
+)->Tensor: # (batch,), bool; False where there is no label
+    "Which labels the teacher vouches for."
+    return (support_of(labels, teacher_logits) >= threshold) & (labels != -100)
 
 # %% ../nbs/noisy_label_kd.ipynb #256b9e81
 def gated_loss(
