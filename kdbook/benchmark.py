@@ -274,11 +274,6 @@ def run_ladder(
     _run_all([(s, m, chosen_lr(s, m), seed) for seed in range(seeds) for s, m in chosen], jobs, "report")
 
 # %% ../nbs/benchmark.ipynb #d60be526
-def _run_all(runs:list[tuple], jobs:int, desc:str)->None:
-    missing = [run for run in runs if read_record(*run) is None]
-    missing = dict.fromkeys(missing)  # a candidate may stand on a rung of its own as well
-    run_calls(run_one, {run: setting_of(run[0]).updates for run in missing}, jobs, desc)
-
 def run_calls(
     work:Callable, # called with each key's entries
     sizes:dict[tuple,int], # arguments of each call -> how long it is, in any unit
@@ -308,6 +303,12 @@ def _end_with_parent()->None:
     from multiprocessing import parent_process
     from threading import Thread
     Thread(target=lambda: (parent_process().join(), os._exit(1)), daemon=True).start()
+
+# %% ../nbs/benchmark.ipynb #8744bae9
+def _run_all(runs:list[tuple], jobs:int, desc:str)->None:
+    missing = [run for run in runs if read_record(*run) is None]
+    missing = dict.fromkeys(missing)  # a candidate may stand on a rung of its own as well
+    run_calls(run_one, {run: setting_of(run[0]).updates for run in missing}, jobs, desc)
 
 # %% ../nbs/benchmark.ipynb #3bd18a60
 def reported(

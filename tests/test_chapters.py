@@ -119,7 +119,7 @@ def test_modules_import_nothing_heavier_than_torch():
 
 def test_imports_point_the_right_way():
     "Who may import whom: techniques and what lies under them never import plots, widgets, benchmark or hf."
-    upper = {"plots", "widgets", "benchmark", "hf", "__main__"}
+    upper = {"plots", "widgets", "benchmark", "studies", "hf", "__main__"}
     for path in (ROOT / "kdbook").glob("*.py"):
         if path.stem in upper | {"_modidx"}:
             continue
