@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['INPUTS', 'soft_targets', 'reduce_loss', 'soft_target_loss', 'hinton_loss', 'logit_mse', 'logits_of', 'forward',
-           'with_column', 'encode', 'Rows', 'length_sorted', 'predict_logits', 'fingerprint', 'whole_file',
+           'joined', 'with_column', 'encode', 'Rows', 'length_sorted', 'predict_logits', 'fingerprint', 'whole_file',
            'save_tensors', 'annotate', 'text_crc', 'results_dir']
 
-# %% ../nbs/distillation.ipynb #335ecef1
+# %% ../nbs/distillation.ipynb #f3550df8
 import hashlib, os, warnings, zlib
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-# %% ../nbs/distillation.ipynb #dc4e4ce1
+# %% ../nbs/distillation.ipynb #2ebc4f75
 def soft_targets(
     logits:Tensor, # (..., num_labels), unnormalised
     temperature:float=1.0, # > 0; 1 leaves the logits as they are, larger flattens
@@ -26,7 +26,7 @@ def soft_targets(
     if temperature <= 0: raise ValueError(f"temperature must be > 0, got {temperature}")
     return F.softmax(logits / temperature, dim=-1)
 
-# %% ../nbs/distillation.ipynb #78afc2af
+# %% ../nbs/distillation.ipynb #bde337eb
 def _check_pair(student_logits:Tensor, teacher_logits:Tensor, temperature:float=1.0)->None:
     "Raise `ValueError` where the two cannot be compared."
     if temperature <= 0: raise ValueError(f"temperature must be > 0, got {temperature}")
@@ -34,7 +34,7 @@ def _check_pair(student_logits:Tensor, teacher_logits:Tensor, temperature:float=
         raise ValueError(f"student logits {tuple(student_logits.shape)} != teacher logits {tuple(teacher_logits.shape)}: "
                          "both must be (..., num_labels) with the same label order")
 
-# %% ../nbs/distillation.ipynb #10fba1e9
+# %% ../nbs/distillation.ipynb #a0d96856
 def reduce_loss(
     per_example:Tensor, # (batch,) or (batch, seq_len)
     reduction:Literal["mean","none"]="mean", # "none" returns `per_example` with masked places set to 0
@@ -48,7 +48,7 @@ def reduce_loss(
     kept = per_example.masked_fill(mask == 0, 0.0)
     return kept if reduction == "none" else kept.sum() / mask.ne(0).sum().clamp(min=1)
 
-# %% ../nbs/distillation.ipynb #da52eab3
+# %% ../nbs/distillation.ipynb #ab3ab7b6
 def soft_target_loss(
     student_logits:Tensor, # (batch, num_labels) or (batch, seq_len, vocab_size), unnormalised
     teacher_logits:Tensor, # same shape and label order; receives no gradient
@@ -65,7 +65,7 @@ def soft_target_loss(
     log_p = F.log_softmax(teacher_logits.detach() / temperature, dim=-1)
     return reduce_loss((log_p.exp() * (log_p - log_q)).sum(-1) * temperature**2, reduction, mask)
 
-# %% ../nbs/distillation.ipynb #fe292943
+# %% ../nbs/distillation.ipynb #364fea5b
 def hinton_loss(
     student_logits:Tensor, # (batch, num_labels) or (batch, seq_len, vocab_size)
     teacher_logits:Tensor, # same shape; receives no gradient
@@ -82,7 +82,7 @@ def hinton_loss(
     hard = F.cross_entropy(student_logits.movedim(-1, 1), labels, ignore_index=-100, reduction="none")
     return alpha * soft + (1 - alpha) * reduce_loss(hard, reduction, labels != -100)
 
-# %% ../nbs/distillation.ipynb #8b77b9ee
+# %% ../nbs/distillation.ipynb #cd73b4b2
 def logit_mse(
     student_logits:Tensor, # (batch, num_labels), or (batch, 1) for regression
     teacher_logits:Tensor, # same shape; receives no gradient
@@ -92,7 +92,7 @@ def logit_mse(
     _check_pair(student_logits, teacher_logits)
     return reduce_loss((student_logits - teacher_logits.detach()).pow(2).mean(-1), reduction)
 
-# %% ../nbs/distillation.ipynb #98a540a0
+# %% ../nbs/distillation.ipynb #2e40651e
 INPUTS = ("input_ids", "attention_mask", "token_type_ids", "pixel_values")  # the columns that a model reads
 
 def logits_of(
@@ -101,7 +101,7 @@ def logits_of(
     "The logits of a model's output, for Hugging Face models and plain PyTorch ones alike."
     return output if isinstance(output, Tensor) else output.logits
 
-# %% ../nbs/distillation.ipynb #c089d1bb
+# %% ../nbs/distillation.ipynb #b1583fdd
 def forward(
     model:nn.Module, # any classifier that takes the batch's input columns by name
     batch:dict[str,Tensor], # may hold labels and teacher columns too; they are not passed on
@@ -110,7 +110,17 @@ def forward(
     "Logits of `model` on the input columns of `batch`, or whatever `read` takes of its output."
     return read(model(**{name: batch[name] for name in INPUTS if name in batch}))
 
-# %% ../nbs/distillation.ipynb #958bf004
+# %% ../nbs/distillation.ipynb #1b39cb39
+def joined(
+    first:dict[str,Tensor], # a batch; columns that `second` has not are left out
+    second:dict[str,Tensor], # inputs of other rows
+)->dict[str,Tensor]: # the rows of both, sequences padded with zeros to one length
+    "Two batches of inputs as one."
+    def wide(x:Tensor, n:int)->Tensor: return x if x.is_floating_point() else F.pad(x, (0, n - x.shape[1]))
+    longest = lambda name: max(first[name].shape[1], second[name].shape[1])
+    return {name: torch.cat([wide(batch[name], longest(name)) for batch in (first, second)]) for name in second}
+
+# %% ../nbs/distillation.ipynb #8d9797ba
 def with_column(
     dataset:"datasets.Dataset", # any rows
     name:str, # of the column; one of that name is replaced
@@ -126,7 +136,7 @@ def with_column(
     finally:
         if not quiet: enable_progress_bars()
 
-# %% ../nbs/distillation.ipynb #6fccfa22
+# %% ../nbs/distillation.ipynb #6fa7ae52
 def encode(
     dataset:"datasets.Dataset", # rows with `text` (and `text_pair`), or already with `input_ids` or `pixel_values`
     model:nn.Module, # its `.tokenizer` is used when `tokenizer` is not given
@@ -145,14 +155,14 @@ def encode(
     for name, values in tokens.items(): dataset = with_column(dataset, name, values)
     return dataset
 
-# %% ../nbs/distillation.ipynb #b167f462
+# %% ../nbs/distillation.ipynb #af6e95ac
 def _unpadded(dataset:"datasets.Dataset", name:str)->list[Tensor]:
     "A column of token numbers, row by row; rows that came padded lose their padding."
     rows = [torch.tensor(row) for row in dataset[name]]
     if "attention_mask" not in dataset.column_names: return rows
     return [row[torch.tensor(mask).bool()] for row, mask in zip(rows, dataset["attention_mask"])]
 
-# %% ../nbs/distillation.ipynb #81bba204
+# %% ../nbs/distillation.ipynb #deda49b0
 class Rows:
     "The columns of a data set as tensors, ready to be cut into padded batches."
     def __init__(self,
@@ -185,7 +195,7 @@ class Rows:
             out["attention_mask"] = (torch.arange(int(length.max()))[None] < length[:, None]).long()
         return out
 
-# %% ../nbs/distillation.ipynb #2ddba8b6
+# %% ../nbs/distillation.ipynb #3f5cf84b
 def length_sorted(
     lengths:list[int], # tokens per row
     batch_size:int, # rows per batch, >= 1
@@ -199,7 +209,7 @@ def _pad_id(model:nn.Module, tokenizer:Any=None)->int:
     tokenizer = tokenizer or getattr(model, "tokenizer", None)
     return getattr(tokenizer, "pad_token_id", None) or 0
 
-# %% ../nbs/distillation.ipynb #4a674c93
+# %% ../nbs/distillation.ipynb #c325f6d5
 def predict_logits(
     model:nn.Module, # put into evaluation mode for the call, and back
     dataset:"datasets.Dataset", # rows with text, tokens or pixels
@@ -231,7 +241,7 @@ def _bar(items:list, progress:bool, desc:str)->Iterator:
     from tqdm.auto import tqdm
     return tqdm(items, desc=desc, delay=3, leave=False)
 
-# %% ../nbs/distillation.ipynb #ec1ba8a0
+# %% ../nbs/distillation.ipynb #d0259732
 def fingerprint(
     model:nn.Module, # its class, configuration and weights are read
     rows:Rows, # its inputs are read
@@ -247,7 +257,7 @@ def fingerprint(
         h.update(name.encode()); h.update(flat.contiguous().reshape(-1).view(torch.uint8).numpy())
     return h.hexdigest()[:32]
 
-# %% ../nbs/distillation.ipynb #0dd3324b
+# %% ../nbs/distillation.ipynb #a69e9349
 @contextmanager
 def whole_file(
     path:Path, # its folder is made
@@ -269,7 +279,7 @@ def save_tensors(
     from safetensors.torch import save_file
     with whole_file(path) as temporary: save_file(tensors, temporary)
 
-# %% ../nbs/distillation.ipynb #bb6b807b
+# %% ../nbs/distillation.ipynb #ddc52376
 def _read_shard(path:Path, size:int)->Tensor|None:
     "The logits in `path`; None where there are none, or the file is damaged."
     from safetensors import SafetensorError
@@ -300,7 +310,7 @@ def _cached_logits(model:nn.Module, rows:Rows, batch_size:int, folder:Path, prog
         out[index] = logits
     return out
 
-# %% ../nbs/distillation.ipynb #46b1fd24
+# %% ../nbs/distillation.ipynb #af4cafbc
 def annotate(
     dataset:"datasets.Dataset", # rows with text, tokens or pixels
     teacher:nn.Module|str, # a model, or the name of a record under results/teacher
@@ -324,7 +334,7 @@ def annotate(
     if logits.ndim == 2: return with_column(dataset, "teacher_logits", logits)
     return with_column(with_column(dataset, "teacher_pseudo_logits", logits[:, :-1]), "teacher_logits", logits[:, -1])
 
-# %% ../nbs/distillation.ipynb #b1e4b9ec
+# %% ../nbs/distillation.ipynb #229262dc
 def text_crc(
     dataset:"datasets.Dataset", # rows with `text`; without it, every row gives 0
 )->Tensor: # (rows,) int64

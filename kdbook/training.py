@@ -7,7 +7,7 @@ __all__ = ['Progress', 'Loss', 'Objective', 'label_loss', 'CrossEntropy', 'Hinto
            'describe', 'Callback', 'lr_factor', 'mix_seed', 'LengthBuckets', 'stage_rows', 'check_recipe', 'score',
            'Run', 'fit']
 
-# %% ../nbs/training.ipynb #b6a26593
+# %% ../nbs/training.ipynb #5ce61b5c
 import copy, hashlib, os, re
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from .distillation import Rows, encode, fingerprint, forward, hinton_loss, length_sorted, logit_mse, reduce_loss, whole_file, _pad_id, _run
 
-# %% ../nbs/training.ipynb #3d48b3d9
+# %% ../nbs/training.ipynb #324ce1e0
 @dataclass(frozen=True)
 class Progress:
     "Where a stage stands; schedules are functions of it."
@@ -31,25 +31,25 @@ class Progress:
         "The fraction of the stage's updates that is done."
         return self.step / max(1, self.steps)
 
-# %% ../nbs/training.ipynb #4a7bc6e1
+# %% ../nbs/training.ipynb #34e77ebb
 @dataclass
 class Loss:
     "What an objective returns."
     total:Tensor # scalar to be minimised
     parts:dict[str,float|Tensor] = field(default_factory=dict) # named scalars for the history; they carry no gradient
 
-# %% ../nbs/training.ipynb #6c96a653
+# %% ../nbs/training.ipynb #6eb88011
 class Objective(Protocol):
     "Anything with this call is an objective."
     requires:tuple[str,...] # columns it reads, besides the model's inputs
     rows:str # "all", or "labelled": leave out rows whose label is -100
     def __call__(self,
         student:nn.Module, # in training mode
-        batch:dict[str,Tensor], # inputs, labels, and the columns of `requires`
+        batch:dict[str,Tensor], # inputs, labels, and the columns of `requires` (and of `optional`, where it has that and they are there)
         progress:Progress, # where the stage stands
     )->Loss: ...
 
-# %% ../nbs/training.ipynb #1c9ab181
+# %% ../nbs/training.ipynb #62abc449
 def label_loss(
     logits:Tensor, # (batch, num_labels), (batch, seq_len, vocab_size), or (batch, 1) for regression
     labels:Tensor, # (batch,) or (batch, seq_len); -100 marks a row or token without a label
@@ -61,7 +61,7 @@ def label_loss(
     if logits.shape[-1] > 1: return F.cross_entropy(logits.movedim(-1, 1), labels, ignore_index=-100, reduction=reduction)
     return reduce_loss((logits.flatten() - labels.flatten()).pow(2), reduction, known.flatten())
 
-# %% ../nbs/training.ipynb #896a93f6
+# %% ../nbs/training.ipynb #16867b28
 class CrossEntropy:
     "Plain supervised training on hard labels."
     requires, rows = ("label",), "labelled"
@@ -70,7 +70,7 @@ class CrossEntropy:
         total = label_loss(forward(student, batch), batch["labels"])
         return Loss(total, {"label_loss": total.detach()})
 
-# %% ../nbs/training.ipynb #956eacff
+# %% ../nbs/training.ipynb #c390d1b2
 class Hinton:
     "Plain KD: soft targets at a fixed temperature, and hard labels where there are any."
     requires, rows = ("label", "teacher_logits"), "all"
@@ -82,7 +82,7 @@ class Hinton:
         "`hinton_loss` on the batch."
         return Loss(hinton_loss(forward(student, batch), batch["teacher_logits"], batch["labels"], self.temperature, self.alpha))
 
-# %% ../nbs/training.ipynb #3ca7f229
+# %% ../nbs/training.ipynb #2ac8634b
 class LogitMSE:
     "Regression on the teacher's logits times a constant; no labels."
     requires, rows = ("teacher_logits",), "all"
@@ -93,7 +93,7 @@ class LogitMSE:
         "`logit_mse` on the batch."
         return Loss(logit_mse(forward(student, batch), self.scale * batch["teacher_logits"]))
 
-# %% ../nbs/training.ipynb #126545ce
+# %% ../nbs/training.ipynb #5fb7b143
 @dataclass(frozen=True)
 class Stage:
     "One objective, trained by one fresh optimiser."
@@ -109,7 +109,7 @@ class Stage:
     reload_best:bool=True # end the stage on the best validated weights so far (of this stage only with keep="last")
     name:str="" # shown in the progress line; default: the objective's class
 
-# %% ../nbs/training.ipynb #ba4aad7f
+# %% ../nbs/training.ipynb #4edb0033
 @dataclass(frozen=True)
 class Recipe:
     "Stages in order, what watches them, and which weights are kept."
@@ -117,7 +117,7 @@ class Recipe:
     callbacks:tuple["Callback",...]=() # called at fixed points of the run
     keep:Literal["all","last"]="all" # the best weights of all stages, or of the last one only
 
-# %% ../nbs/training.ipynb #1971d51e
+# %% ../nbs/training.ipynb #c6bc954d
 def stage_name(stage:Stage)->str: # for people
     "The stage's name, or its objective's class."
     return stage.name or type(stage.objective).__name__
@@ -130,7 +130,7 @@ def describe(recipe:Recipe)->str: # text that changes when the recipe does
     parts = [", ".join(f"{k}={show(v) if k == 'objective' else v!r}" for k, v in vars(s).items()) for s in recipe.stages]
     return " | ".join([*parts, *(show(c, c.state_dict()) for c in recipe.callbacks), f"keep={recipe.keep}"])
 
-# %% ../nbs/training.ipynb #534578a7
+# %% ../nbs/training.ipynb #5be631fe
 class Callback:
     "Sees a run at fixed points; what `state_dict` returns is saved in checkpoints."
     def after_step(self, run:"Run", progress:Progress)->None: "After each update."
@@ -139,8 +139,13 @@ class Callback:
     def weights(self)->dict[str,Tensor]|None: "Weights to validate and keep in place of the student's own, which train on; None: its own."
     def state_dict(self)->dict[str,Any]: "Tensors, numbers and strings to save."; return {}
     def load_state_dict(self, state:dict[str,Any])->None: "Take back what `state_dict` gave."
+    def starting(self, progress:Progress)->bool:
+        "Whether a stage begins with this update; True once, also where a batch comes in pieces. For callbacks that are objectives too."
+        first = progress.step == 0 and not getattr(self, "_at_zero", False)
+        self._at_zero = progress.step == 0
+        return first
 
-# %% ../nbs/training.ipynb #0e06a87e
+# %% ../nbs/training.ipynb #e1d164bc
 def lr_factor(
     step:int, # updates done
     steps:int, # updates of the stage
@@ -152,14 +157,14 @@ def lr_factor(
     if step < rising: return (step + 1) / (rising + 1)
     return 1.0 if schedule == "constant" else max(0.0, (steps - step) / max(1, steps - rising))
 
-# %% ../nbs/training.ipynb #fc110606
+# %% ../nbs/training.ipynb #f104f8dd
 def mix_seed(
     *parts:int|str, # e.g. seed, stage, epoch
 )->int: # in [0, 2**63)
     "One seed from several numbers; neighbours give unrelated streams."
     return int.from_bytes(hashlib.sha256(repr(parts).encode()).digest()[:8], "big") >> 1
 
-# %% ../nbs/training.ipynb #74082702
+# %% ../nbs/training.ipynb #a998bc53
 class LengthBuckets(torch.utils.data.Sampler):
     "Shuffled batches of rows of like length, another shuffle each epoch."
     def __init__(self,
@@ -183,7 +188,7 @@ class LengthBuckets(torch.utils.data.Sampler):
             batches += [pool[i:i + size] for i in range(0, len(pool), size)]
         return iter([batches[i] for i in torch.randperm(len(batches), generator=g)])
 
-# %% ../nbs/training.ipynb #7a8175e9
+# %% ../nbs/training.ipynb #8ab98930
 def stage_rows(
     stage:Stage, # says whether it needs labels
     train:"datasets.Dataset", # all rows
@@ -192,7 +197,7 @@ def stage_rows(
     if getattr(stage.objective, "rows", "all") == "all": return list(range(len(train)))
     return [i for i, label in enumerate(train["label"]) if label != -100]
 
-# %% ../nbs/training.ipynb #24a066d9
+# %% ../nbs/training.ipynb #93540883
 _MAKES = {"teacher_logits": "annotate(train, teacher)", "teacher_trail": "annotate_trail(train, teacher, trail)", "label": "load_task(...)",
           "teacher_pseudo_logits": "annotate(train, train_heads(PseudoClassifiers(teacher), train))"}
 
@@ -224,7 +229,7 @@ def check_recipe(
         if hasattr(stage.objective, "check"): stage.objective.check(stage, train, validation)
     if recipe.keep not in ("all", "last"): raise ValueError(f'keep must be "all" or "last", got {recipe.keep!r}')
 
-# %% ../nbs/training.ipynb #d4807ab7
+# %% ../nbs/training.ipynb #54232372
 def score(
     logits:Tensor, # (rows, num_labels)
     labels:Tensor, # (rows,); -100 marks a row without a label
@@ -234,7 +239,7 @@ def score(
     if logits.shape[-1] == 1: return -(logits.flatten() - labels.float())[kept].pow(2).mean().item()
     return (logits.argmax(-1) == labels)[kept].float().mean().item()
 
-# %% ../nbs/training.ipynb #1b635f6c
+# %% ../nbs/training.ipynb #b5618b30
 @dataclass
 class Run:
     "What `fit` returns: the student and how it got there."
@@ -263,7 +268,7 @@ class Run:
         left.set_ylabel("training loss"); left.legend(frameon=False); fig.tight_layout(); plt.close(fig)
         return fig
 
-# %% ../nbs/training.ipynb #5e7344fd
+# %% ../nbs/training.ipynb #480df00b
 @dataclass
 class _Loop:
     "Everything one call of `fit` carries around."
@@ -288,7 +293,7 @@ class _Loop:
             from tqdm.auto import tqdm
             tqdm.write(text)
 
-# %% ../nbs/training.ipynb #f09bbc82
+# %% ../nbs/training.ipynb #dd6ccdb8
 def _parameter_groups(model:nn.Module, weight_decay:float)->list[dict[str,Any]]:
     trained = [p for p in model.parameters() if p.requires_grad]
     if not trained: raise ValueError(f"{type(model).__name__} has no parameter with requires_grad: unfreeze some")
@@ -310,7 +315,7 @@ def _start_stage(loop:_Loop, stage:Stage, number:int, index:list[int])->Any:
     loop.scheduler = torch.optim.lr_scheduler.LambdaLR(loop.optimizer.optimizer, factor)
     return loader, sampler
 
-# %% ../nbs/training.ipynb #1da5c6b5
+# %% ../nbs/training.ipynb #e8747148
 def _update(loop:_Loop, stage:Stage, batch:dict[str,Tensor], weight:float, progress:Progress)->dict[str,Tensor]:
     "One optimiser step; `weight` makes the mean over processes the mean over rows. Returns the loss and its parts."
     batch = {name: value.to(loop.accelerator.device) for name, value in batch.items()}
@@ -327,7 +332,7 @@ def _update(loop:_Loop, stage:Stage, batch:dict[str,Tensor], weight:float, progr
     loop.optimizer.step(); loop.scheduler.step(); loop.optimizer.zero_grad()
     return sums
 
-# %% ../nbs/training.ipynb #642949a3
+# %% ../nbs/training.ipynb #a47ec9da
 def _epoch(loop:_Loop, stage:Stage, number:int, epoch:int, loader:Any, sampler:LengthBuckets, bar:Any)->dict[str,float]:
     "One pass over the stage's rows; returns the mean of every named scalar."
     # Each epoch starts from a seed of its own, so a resumed run needs no saved generator state.
@@ -349,7 +354,7 @@ def _epoch(loop:_Loop, stage:Stage, number:int, epoch:int, loader:Any, sampler:L
         raise FloatingPointError(f"stage {stage_name(stage)!r}, epoch {epoch + 1}: the loss became {means['loss']} at lr {stage.lr}: lower lr")
     return means
 
-# %% ../nbs/training.ipynb #5e724644
+# %% ../nbs/training.ipynb #409609c5
 def _weights(model:nn.Module)->dict[str,Tensor]: return {k: v.detach().cpu().clone() for k, v in model.state_dict().items()}
 
 def _validate(loop:_Loop, row:dict[str,Any])->None:
@@ -369,7 +374,7 @@ def _validate(loop:_Loop, row:dict[str,Any])->None:
         loop.best_weights = _weights(loop.bare())
     if own: loop.bare().load_state_dict(own)
 
-# %% ../nbs/training.ipynb #2bcae670
+# %% ../nbs/training.ipynb #cad18fbf
 def _save(loop:_Loop, stage:int, epoch:int)->None:
     "Write the state after `epoch` epochs of `stage` under a temporary name, then rename."
     if loop.folder is None or not loop.accelerator.is_main_process: return
@@ -381,7 +386,7 @@ def _save(loop:_Loop, stage:int, epoch:int)->None:
     with whole_file(loop.folder / "last.pt", alone=True) as temporary, open(temporary, "wb") as f:
         torch.save(state, f); f.flush(); os.fsync(f.fileno())
 
-# %% ../nbs/training.ipynb #ecf0fd03
+# %% ../nbs/training.ipynb #8c21b8b5
 def _load(loop:_Loop)->dict[str,Any]|None:
     "The checkpoint to go on from, if there is one of this very run."
     path = loop.folder / "last.pt" if loop.folder else None
@@ -403,7 +408,7 @@ def _resume_stage(loop:_Loop, state:dict[str,Any])->None:
         group["lr"] = base * factor(loop.scheduler.last_epoch)
     if loop.accelerator.scaler and state["scaler"]: loop.accelerator.scaler.load_state_dict(state["scaler"])
 
-# %% ../nbs/training.ipynb #bffdee23
+# %% ../nbs/training.ipynb #b9858c70
 def _run_stage(loop:_Loop, number:int, index:list[int], state:dict[str,Any]|None)->None:
     "Train one stage, from the epoch a checkpoint stopped at."
     stage, first, loop.run.stage = loop.run.recipe.stages[number], 0, number
@@ -429,7 +434,7 @@ def _run_stage(loop:_Loop, number:int, index:list[int], state:dict[str,Any]|None
     for callback in loop.run.recipe.callbacks: callback.after_stage(loop.run, progress)
     if stage.reload_best and loop.best_weights is not None: loop.bare().load_state_dict(loop.best_weights)
 
-# %% ../nbs/training.ipynb #481a199b
+# %% ../nbs/training.ipynb #d3faa0de
 def _prepare(student:nn.Module, recipe:Recipe, train:Any, validation:Any, seed:int, tokenizer:Any, max_length:int, metric:Callable,
              checkpoint:str|Path|None, micro_batches:int, mixed_precision:str, progress:bool)->_Loop:
     try:
@@ -442,7 +447,7 @@ def _prepare(student:nn.Module, recipe:Recipe, train:Any, validation:Any, seed:i
     accelerator = Accelerator(mixed_precision=mixed_precision)
     shared = getattr(student, "tokenizer", None)
     student = copy.deepcopy(student, {id(shared): shared})  # tokenizers hold no weights and are slow to copy
-    columns = sorted({"label", *(c for s in recipe.stages for c in getattr(s.objective, "requires", ()))})
+    columns = sorted({"label", *(c for s in recipe.stages for name in ("requires", "optional") for c in getattr(s.objective, name, ()))})
     pad = _pad_id(student, tokenizer)
     rows = Rows(encode(train, student, tokenizer, max_length), columns, pad)
     val = None if validation is None else Rows(encode(validation, student, tokenizer, max_length), ("label",), pad)
@@ -453,7 +458,7 @@ def _prepare(student:nn.Module, recipe:Recipe, train:Any, validation:Any, seed:i
     return _Loop(Run(student, recipe), accelerator, rows, val, metric, seed, micro_batches, Path(checkpoint) if checkpoint else None,
                  progress, key, model=accelerator.prepare(student))
 
-# %% ../nbs/training.ipynb #53ef35f7
+# %% ../nbs/training.ipynb #603f8717
 def fit(
     student:nn.Module, # left untouched: a copy is trained
     recipe:Recipe, # stages and callbacks
