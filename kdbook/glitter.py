@@ -196,12 +196,12 @@ def score_pool(
     try:
         own = forward(student, batch)[:, None] if setup == "consistency" else None
         found, there = [], []
-        for place in places.unbind(1):  # one variant of each row at a time: smaller batches are quicker on a CPU
-            inputs, real = pool_inputs(batch, place[:, None])
-            found.append(forward(student, inputs)); there.append(real[:, 0])
+        for some in places.split(max(1, 128 // size), 1):  # batches of middle size: larger ones fall out of a CPU's cache
+            inputs, real = pool_inputs(batch, some)
+            found.append(forward(student, inputs).view(*some.shape, -1)); there.append(real)
     finally: student.train(was_training)
     targets = batch["pool_teacher_logits"][:, :places.shape[1]] if own is None else own.expand(-1, places.shape[1], -1)
-    return pool_losses(torch.stack(found, 1), targets, temperature, setup).masked_fill(~torch.stack(there, 1), -torch.inf)
+    return pool_losses(torch.cat(found, 1), targets, temperature, setup).masked_fill(~torch.cat(there, 1), -torch.inf)
 
 # %% ../nbs/glitter.ipynb #5f25738f
 class Chooser(Callback):

@@ -255,9 +255,9 @@ def _pooled(setting:Setting, student:nn.Module, rows:Any)->tuple:
 
 # %% ../nbs/methods.ipynb #9ffe7cba
 TIMES = {  # updates of each method that take as long as one of Glitter's, or of Combined-KD's first stage
-    "same-rows": dict(hinton=4.5, glitter_random=2., glitter_all=.6, combined=9.),
-    "same-rows-1x32": dict(hinton=3., glitter_random=1.7, glitter_all=.6),
-    "digits": dict(hinton=2., glitter_random=1.5, glitter_all=.8),
+    "same-rows": dict(hinton=5., glitter_random=1.75, glitter_all=.5, combined=6.),
+    "same-rows-1x32": dict(hinton=3.5, glitter_random=1.7, glitter_all=.67),
+    "digits": dict(hinton=2.1, glitter_random=1.4, glitter_all=1.35),
 }
 
 def _as_long(s:Setting, method:str)->float: return next((t[method] for name, t in TIMES.items() if SETTINGS[name] == s and method in t), 1.)

@@ -249,7 +249,7 @@ def landscape_part(task_name:str="movies", seed:int=0)->None:
 COSTS = {"same-rows": ("hinton", "glitter_random", "glitter_all", "glitter", "annealing_kd", "mate_kd", "combined_still", "combined_kd"),
          "same-rows-1x32": ("hinton", "glitter_random", "glitter_all", "glitter"), "digits": ("hinton", "glitter_random", "glitter_all", "glitter")}
 
-def cost_part(setting_name:str, repeats:int=20)->None:
+def cost_part(setting_name:str, repeats:int=40)->None:
     "Time updates of first stages side by side, and store how many of plain KD's each of them takes."
     torch.set_num_threads(1)
     setting = setting_of(setting_name)
@@ -264,7 +264,7 @@ def cost_part(setting_name:str, repeats:int=20)->None:
         for method, update in updates.items():
             spent = update(turn, repeats)
             if turn >= 0: seconds[method].append(spent)
-    ratio = {method: round(statistics.median(spent) / statistics.median(seconds["hinton"]), 3) for method, spent in seconds.items()}
+    ratio = {method: round(statistics.mean(spent) / statistics.mean(seconds["hinton"]), 3) for method, spent in seconds.items()}
     write_json(dict(setting=setting_name, repeats=repeats, ratio=ratio, **provenance()), study_path("cost", setting_name))
 
 # %% ../nbs/studies.ipynb #a2e29c4a
@@ -274,7 +274,7 @@ def _updater(student:nn.Module, stage:Any, rows:Rows)->Callable[[int,int],float]
     optimizer = torch.optim.AdamW([p for p in student.parameters() if p.requires_grad], lr=stage.lr)
     def update(turn:int, turns:int)->float:
         batch = rows.batch(order[turn % len(order)])
-        progress = Progress(0, 1, max(0, 100 * turn // turns), 100)  # over a whole round of a generator's turns
+        progress = Progress(0, stage.epochs, max(0, 100 * turn // turns), 100)  # over a whole round of a generator's turns
         started = time.perf_counter()
         stage.objective(student.train(), batch, progress).total.backward()
         optimizer.step(); optimizer.zero_grad()
