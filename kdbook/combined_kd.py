@@ -29,10 +29,12 @@ def mixed_embeddings(
     table:Tensor, # (vocab_size, hidden_size), a model's word embeddings
     input_ids:Tensor, # (batch, seq_len), the original words
     where:Tensor, # (batch, seq_len), True at the holes
-    words:Tensor, # (holes, vocab_size), one-hot rows; gradient flows through them
+    words:Tensor, # (holes, n), one-hot rows; gradient flows through them
+    vocabulary:Tensor|None=None, # (n,), the word number of each column; default: all, in order
 )->Tensor: # (batch, seq_len, hidden_size)
     "The embeddings of the original words, and those of `words` in the holes (MATE-KD's mixed input)."
-    return F.embedding(input_ids, table).masked_scatter(where[..., None], (words.to(table.dtype) @ table))
+    written = words.to(table.dtype) @ (table if vocabulary is None else table[vocabulary])
+    return F.embedding(input_ids, table).masked_scatter(where[..., None], written)
 
 @contextmanager
 def given_embeddings(
@@ -64,27 +66,31 @@ class Rewriter(Callback):
         teacher:nn.Module|None=None, # frozen here; None: the settings alone, to look at a recipe
         generator:MaskedGenerator|None=None, # over the teacher's vocabulary; a copy of it is used
         mask_rate:float=0.3, # in [0, 1]: share of tokens that are rewritten
+        bf16:bool=False, # in the student's turn teacher and generator run in bfloat16, for hardware that is quicker at it
     ):
         if not 0 <= mask_rate <= 1: raise ValueError(f"mask_rate must be in [0, 1], got {mask_rate}")
         if teacher is not None and generator is not None:
             sizes = [len(model.get_input_embeddings().weight) for model in (teacher, generator.model)]
             if sizes[0] != sizes[1]: raise ValueError(f"teacher and generator must share a vocabulary, but they have {sizes[0]} and {sizes[1]} words")
             teacher, generator = teacher.requires_grad_(False).eval(), copy.deepcopy(generator, {id(generator.tokenizer): generator.tokenizer})
-        self.mask_rate, self._teacher, self._generator = mask_rate, teacher, generator
+        self.mask_rate, self.bf16, self._teacher, self._generator = mask_rate, bf16, teacher, generator
 
     def check(self)->None:
         "Raises `ValueError` where teacher or generator are missing."
         if self._teacher is None or self._generator is None: raise ValueError("adversarial text needs a live teacher and a generator: recipe(teacher, warm_up(masked_generator(), train))")
 
+    @torch.no_grad()
     def teach(self, inputs:dict[str,Tensor])->Tensor: # (batch, num_labels)
-        "The teacher's logits, in 32 bits."
-        return forward(self._teacher, inputs).float()
+        "The teacher's logits."
+        with self._precision(inputs): return forward(self._teacher, inputs).float()
+    def _precision(self, inputs:dict[str,Tensor])->Any: return torch.autocast(inputs["input_ids"].device.type, torch.bfloat16, enabled=self.bf16)
 
     @torch.no_grad()
     def rewrite(self, batch:dict[str,Tensor])->dict[str,Tensor]: # the batch's inputs with other words in some places
         "Cover some words and let the generator draw others."
         covered, where = mask_tokens(batch["input_ids"], batch["attention_mask"], self._generator.tokenizer, self.mask_rate)
-        words = sample_words(self._generator(covered, batch["attention_mask"], where))
+        with self._precision(batch): logits = self._generator(covered, batch["attention_mask"], where).float()
+        words = self._generator.vocabulary[sample_words(logits)]
         return {name: batch[name] for name in INPUTS if name in batch} | {"input_ids": batch["input_ids"].masked_scatter(where, words)}
 
 # %% ../nbs/combined_kd.ipynb #595e833c
@@ -98,8 +104,9 @@ class AdversarialStep(Rewriter):
         lr:float=5e-5, # of the generator
         kind:Literal["mse","kl","cross_entropy"]="mse", # of the gap
         clip:float=5.0, # largest norm of the generator's gradient
+        bf16:bool=False, # as in `Rewriter`
     ):
-        super().__init__(teacher, generator, mask_rate)
+        super().__init__(teacher, generator, mask_rate, bf16)
         if not 0 <= generator_steps <= student_steps: raise ValueError(f"generator_steps must be in 0..student_steps, got {generator_steps} of {student_steps}")
         self.generator_steps, self.student_steps, self.lr, self.kind, self.clip = generator_steps, student_steps, lr, kind, clip
         self._first = None if generator is None else {k: v.clone() for k, v in _moving(self._generator).items()}
@@ -153,7 +160,7 @@ def adversarial_gap(
     words, answers = F.gumbel_softmax(generator(covered, batch["attention_mask"], where), hard=True), []
     for model in (adversary._teacher, student):
         table = model.get_input_embeddings().weight.detach()
-        with given_embeddings(model, mixed_embeddings(table, batch["input_ids"], where, words)): answers.append(forward(model, batch).float())
+        with given_embeddings(model, mixed_embeddings(table, batch["input_ids"], where, words, generator.vocabulary)): answers.append(forward(model, batch).float())
     return gap(*answers, adversary.kind)
 
 # %% ../nbs/combined_kd.ipynb #d6d3c93c
@@ -212,7 +219,7 @@ def recipe(
     lr:float=5e-4, # peak rate of both stages
     batch_size:int=32, # rows per update, their adversarial twins not counted
     label_validate_every:int=1, # epochs between validations in stage II
-    **adversary:Any, # settings of `AdversarialStep`: generator_steps, student_steps, mask_rate, lr of the generator as generator_lr, clip
+    **adversary:Any, # settings of `AdversarialStep`: generator_steps, student_steps, mask_rate, clip, bf16, and its lr as generator_lr
 )->Recipe: # for `fit`
     "Combined-KD: annealed logits on clean and adversarial text, best weights reloaded, fresh optimiser, hard labels."
     temperature_schedule(epochs[0], tau_max)  # an impossible pair fails here, not an hour later
@@ -231,5 +238,5 @@ def mate_recipe(
     step = _adversary(teacher, generator, "kl", **adversary)
     return Recipe((Stage(MateKD(step), epochs, lr, batch_size, name="adversarial"),), (step,))
 
-def _adversary(teacher:Any, generator:Any, kind:str, generator_steps:int=10, student_steps:int=100, mask_rate:float=.3, generator_lr:float=5e-5, clip:float=5.)->AdversarialStep:
-    return AdversarialStep(teacher, generator, generator_steps, student_steps, mask_rate, generator_lr, kind, clip)
+def _adversary(teacher:Any, generator:Any, kind:str, generator_steps:int=10, student_steps:int=100, mask_rate:float=.3, generator_lr:float=5e-5, clip:float=5., bf16:bool=False)->AdversarialStep:
+    return AdversarialStep(teacher, generator, generator_steps, student_steps, mask_rate, generator_lr, kind, clip, bf16)

@@ -281,14 +281,14 @@ METHODS |= {
 
 # %% ../nbs/methods.ipynb #e5a9e701
 @lru_cache(1)
-def _adversaries()->dict[str,nn.Module]: return dict(teacher=movie_teacher().bfloat16(), generator=movie_generator())
+def _adversaries()->dict[str,nn.Module]: return dict(teacher=movie_teacher(), generator=movie_generator())
 def _adversarial(setting:Setting, student:nn.Module, rows:Any)->tuple: return student, rows, _adversaries()
 
 def _combined(s:Setting, lr:float, **how:Any)->Recipe:
-    return combined_kd.recipe(tau_max=s.tau_max, epochs=(s.epochs[0], s.on_labels(s.epochs[1])), lr=lr, batch_size=s.batch_size, label_validate_every=s.on_labels(1), **how)
+    return combined_kd.recipe(tau_max=s.tau_max, epochs=(s.epochs[0], s.on_labels(s.epochs[1])), lr=lr, batch_size=s.batch_size, label_validate_every=s.on_labels(1), bf16=True, **how)
 
 METHODS |= {
-    "mate_kd": Method("MATE-KD", lambda s, lr, **how: combined_kd.mate_recipe(epochs=sum(s.epochs), lr=lr, batch_size=s.batch_size, **how), "hinton", setup=_adversarial),
+    "mate_kd": Method("MATE-KD", lambda s, lr, **how: combined_kd.mate_recipe(epochs=sum(s.epochs), lr=lr, batch_size=s.batch_size, bf16=True, **how), "hinton", setup=_adversarial),
     "combined_kd": Method("Combined-KD", _combined, "annealing_kd", setup=_adversarial),
     "combined_still": Method("Combined-KD, generator at rest", partial(_combined, generator_steps=0), "annealing_kd", setup=_adversarial),
     "annealing_as_long": Method("Annealing-KD, same time", lambda s, lr: _times(METHODS["annealing_kd"].recipe(s, lr), _as_long(s, "combined")), "annealing_kd"),

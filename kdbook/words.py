@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from .distillation import Rows, encode, fingerprint, predict_logits, save_tensors
 from .models import load_tokenizer, teacher, _hub, _seeded, _transformers, _vocabulary, _whole
-from .training import Loss, Progress, Recipe, Stage, fit
+from .training import Loss, Progress, Recipe, Stage, fit, label_loss
 
 # %% ../nbs/words.ipynb #978b5757
 _PIECE = re.compile(r"[^\W\d_]+(?:['’-][^\W\d_]+)*|[^\w\s]|\s+|[\d_]+")
@@ -210,20 +210,31 @@ def mask_tokens(
 
 # %% ../nbs/words.ipynb #c783997b
 class MaskedGenerator(nn.Module):
-    "A masked language model that scores the vocabulary at the holes alone; the word embeddings, its output layer, are frozen."
+    "A masked language model that scores words at the holes alone; the word embeddings, its output layer, are frozen."
     def __init__(self,
         model:nn.Module, # a Hugging Face masked language model
         tokenizer:Any, # its tokenizer
+        vocabulary:Tensor|None=None, # numbers of the words it may write, ascending; None: all
     ):
         super().__init__()
+        table = model.get_input_embeddings().weight.requires_grad_(False)
         self.model, self.tokenizer = model, tokenizer
-        model.get_input_embeddings().weight.requires_grad_(False)
+        self.register_buffer("vocabulary", torch.arange(len(table)) if vocabulary is None else vocabulary)
 
-    def forward(self, input_ids:Tensor, attention_mask:Tensor, where:Tensor)->Tensor: # (holes, vocab_size)
+    def forward(self, input_ids:Tensor, attention_mask:Tensor, where:Tensor)->Tensor: # (holes, len(vocabulary))
         "Logits at the places where `where` is true, row by row."
-        head = getattr(self.model, "cls", None) or getattr(self.model, "lm_head", None)
-        if head is None: return self.model(input_ids=input_ids, attention_mask=attention_mask).logits[where]
-        return head(self.model.base_model(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state[where])
+        out, head = self.model.get_output_embeddings(), getattr(getattr(self.model, "cls", None), "predictions", None)
+        if head is None: return self.model(input_ids=input_ids, attention_mask=attention_mask).logits[where][:, self.vocabulary]
+        hidden = self.model.base_model(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state[where]
+        some = slice(None) if len(self.vocabulary) == len(out.weight) else self.vocabulary
+        return F.linear(head.transform(hidden), out.weight[some], out.bias[some])
+
+    def places(self,
+        words:Tensor, # word numbers
+    )->Tensor: # same shape: where each stands in the vocabulary; -100 for a word that is not in it
+        "The targets that belong to `forward`'s logits."
+        at = torch.searchsorted(self.vocabulary, words).clamp(max=len(self.vocabulary) - 1)
+        return at.masked_fill(self.vocabulary[at] != words, -100)
 
 # %% ../nbs/words.ipynb #1bfbf254
 def masked_generator(
@@ -251,15 +262,16 @@ class MaskedLM:
     ): self.rate = rate
     def __call__(self, student:nn.Module, batch:dict[str,Tensor], progress:Progress)->Loss:
         "Cross-entropy at the holes, in nats."
-        tokenizer = getattr(student, "module", student).tokenizer
-        covered, where = mask_tokens(batch["input_ids"], batch["attention_mask"], tokenizer, self.rate)
-        return Loss(F.cross_entropy(student(covered, batch["attention_mask"], where), batch["input_ids"][where]))
+        bare = getattr(student, "module", student)
+        covered, where = mask_tokens(batch["input_ids"], batch["attention_mask"], bare.tokenizer, self.rate)
+        return Loss(label_loss(student(covered, batch["attention_mask"], where), bare.places(batch["input_ids"][where])))
 
 def warm_up(
     generator:MaskedGenerator, # left untouched
     dataset:"datasets.Dataset", # rows with `text`; labels are not read
     epochs:int=1, # passes over them
     lr:float=5e-4, # peak rate
+    least:int=2, # it will write words that stand in the sentences at least so often; 0: any
     seed:int=0, # of order, holes and dropout
     progress:bool=True, # a bar
 )->MaskedGenerator: # a trained copy, read from the user's cache when it was made before
@@ -267,7 +279,7 @@ def warm_up(
     from safetensors.torch import load_file
     from kdbook.data import cache_dir
     rows, recipe = encode(dataset.select_columns(["text"]), generator), Recipe((Stage(MaskedLM(), epochs, lr, 32, name="warm-up"),))
-    warm = _with_frequencies(copy.deepcopy(generator, {id(generator.tokenizer): generator.tokenizer}), rows["input_ids"])
+    warm = _for_text(copy.deepcopy(generator, {id(generator.tokenizer): generator.tokenizer}), rows["input_ids"], least)
     path = cache_dir() / "generator" / f"{fingerprint(warm, Rows(rows), 32)}-{epochs}-{lr:g}-{seed}.safetensors"
     if not path.exists():
         trained = fit(warm, recipe, rows, seed=seed, progress=progress).student
@@ -275,12 +287,12 @@ def warm_up(
     warm.load_state_dict(load_file(path), strict=False)
     return warm.eval()
 
-def _with_frequencies(generator:MaskedGenerator, rows:list[list[int]])->MaskedGenerator:
-    "A new output layer starts from how frequent each word is: the best guess without looking at the sentence."
+def _for_text(generator:MaskedGenerator, rows:list[list[int]], least:int)->MaskedGenerator:
+    "The words of a text become the vocabulary; a new output layer starts from how frequent they are."
     bias = generator.model.get_output_embeddings().bias
-    if bias is None or bias.any(): return generator  # it has been trained
-    counts = torch.ones_like(bias).index_add(0, torch.tensor([i for row in rows for i in row[1:-1]]), torch.ones(sum(len(row) - 2 for row in rows)))
-    bias.data.copy_((counts / counts.sum()).log())
+    counts = torch.bincount(torch.tensor([i for row in rows for i in row[1:-1]]), minlength=len(bias))
+    generator.vocabulary = (counts >= least).nonzero().flatten()
+    if not bias.any(): bias.data.copy_(((counts + 1) / (counts + 1).sum()).log())
     return generator
 
 # %% ../nbs/words.ipynb #21495637
@@ -316,6 +328,7 @@ def _fillings(generator:MaskedGenerator, texts:list[str], k:int)->list[list[list
         batch = tokenizer(texts[start:start + 64], padding=True, truncation=True, max_length=64, return_tensors="pt").to(next(generator.parameters()).device)
         where = batch.input_ids == tokenizer.mask_token_id
         logits = generator(batch.input_ids, batch.attention_mask, where)
-        likely = iter(logits.masked_fill(_not_words(tokenizer).to(logits.device), -torch.inf).topk(k + 1).indices.tolist())
+        logits = logits.masked_fill(_not_words(tokenizer).to(logits.device)[generator.vocabulary], -torch.inf)
+        likely = iter(generator.vocabulary[logits.topk(k + 1).indices].tolist())
         out += [[tokenizer.convert_ids_to_tokens(next(likely)) for _ in range(holes)] for holes in where.sum(1).tolist()]
     return out
