@@ -5,15 +5,15 @@
 # %% auto #0
 __all__ = ['arguments', 'main', 'print_ladder']
 
-# %% ../nbs/command_line.ipynb #96b18fc9
+# %% ../nbs/command_line.ipynb #5dc3748d
 import sys
 from typing import Iterable
 from .benchmark import ladder_table, recorded, run_ladder, train_teacher, write_teacher_record
-from .methods import LADDERS, METHODS, SETTINGS, setting_of
+from .methods import LADDERS, METHODS, SETTINGS, setting_of, settings_for
 from .data import fetch
 from .studies import STUDIES, run_study
 
-# %% ../nbs/command_line.ipynb #59b2e118
+# %% ../nbs/command_line.ipynb #327bd559
 def arguments()->"argparse.ArgumentParser":
     "The command line."
     import argparse
@@ -27,13 +27,13 @@ def arguments()->"argparse.ArgumentParser":
     table = commands.add_parser("table", help="print a method's ladder from its records")
     for command in (run, table):
         command.add_argument("method", choices=sorted({*METHODS, *LADDERS}), metavar="method", help="the top rung: " + ", ".join(LADDERS) + ", or any other method of the benchmark")
-        command.add_argument("--setting", action="append", choices=sorted(SETTINGS), help="may be repeated; default: all")
+        command.add_argument("--setting", action="append", choices=sorted(SETTINGS), help="may be repeated; default: all that fit")
     for command in (run, study):
         command.add_argument("--seeds", type=int, default=5, help="reported seeds (default 5)")
         command.add_argument("--jobs", type=int, default=1, help="runs at once, one thread each (default 1)")
     return parser
 
-# %% ../nbs/command_line.ipynb #d2d2d516
+# %% ../nbs/command_line.ipynb #77ad8b11
 def main(argv:list[str]|None=None)->int: # exit code
     "Entry point of `python -m kdbook`."
     args = arguments().parse_args(argv)
@@ -41,11 +41,11 @@ def main(argv:list[str]|None=None)->int: # exit code
         for name in ("movies", "minilm"): print(f"{name}: {fetch(name)}")
     elif args.command == "teacher": print(write_teacher_record(*train_teacher()))
     elif args.command == "study": run_study(args.study, args.seeds, args.jobs)
-    elif args.command == "ladder": run_ladder(args.method, args.setting or tuple(SETTINGS), args.seeds, args.jobs)
-    else: print_ladder(args.method, args.setting or tuple(SETTINGS))
+    elif args.command == "ladder": run_ladder(args.method, args.setting, args.seeds, args.jobs)
+    else: print_ladder(args.method, args.setting or settings_for(args.method))
     return 0
 
-# %% ../nbs/command_line.ipynb #2b8f8635
+# %% ../nbs/command_line.ipynb #ea94f415
 def print_ladder(method:str, settings:Iterable[str])->None:
     "Print the tables of a method's ladder."
     there = recorded(method, among=SETTINGS)
@@ -53,5 +53,5 @@ def print_ladder(method:str, settings:Iterable[str])->None:
         table = ladder_table(name, method).to_string() if name in there else f"no records of 3 seeds yet: python -m kdbook ladder {method} --setting {name}"
         print(f"{setting_of(name).title}\n\n{table}\n")
 
-# %% ../nbs/command_line.ipynb #d18b20dd
+# %% ../nbs/command_line.ipynb #a2c14fad
 if __name__ == "__main__" and __package__ == "kdbook": sys.exit(main())

@@ -22,7 +22,7 @@ import kdbook
 from .distillation import annotate, predict_logits, results_dir, save_tensors, text_crc, whole_file, with_column
 from .glitter import annotate_pool, make_pool
 from .evaluation import Difference, accuracy, agreement, ece, nll, paired_difference
-from .methods import METHODS, SEARCH_SEEDS, SETTINGS, SMALL, TRAIL, NoisySetting, Setting, ladder_of, setting_of
+from .methods import METHODS, SEARCH_SEEDS, SETTINGS, SMALL, TRAIL, NoisySetting, Setting, rungs_of, setting_of, settings_for
 from .noisy_label_kd import corrupt, human_label, out_of_fold
 from .progressive_kd import Trail, annotate_trail
 from .training import CrossEntropy, Recipe, Run, Stage, describe, fit
@@ -290,14 +290,14 @@ def standing(setting_name:str, method:str)->str|None: # a key of METHODS; None: 
 # %% ../nbs/benchmark.ipynb #21455dba
 def run_ladder(
     method:str, # a key of METHODS; its baselines are run with it
-    settings:Iterable[str]=tuple(SETTINGS), # keys of SETTINGS
+    settings:Iterable[str]|None=None, # keys of SETTINGS; default: all in which the method can be run
     seeds:int=5, # reported seeds, 0 .. seeds - 1
     jobs:int=1, # runs at once, one thread each
 )->None:
     "Run whatever records are missing, first the search over rates, then the reported seeds. Interrupt and call again at will."
     if seeds < 2: raise ValueError(f"seeds must be >= 2 for an interval, got {seeds}")
     if jobs < 1: raise ValueError(f"jobs must be >= 1, got {jobs}")
-    pairs = [(s, m) for s in settings for m in ladder_of(method)]
+    pairs = [(s, m) for s in settings or settings_for(method) for m in rungs_of(s, method)]
     single = [(s, m) for s, m in pairs if not METHODS[m].candidates]
     contenders = [(s, c) for s, m in pairs for c in METHODS[m].candidates]
     searched = [(s, m) for s, m in dict.fromkeys([*single, *contenders]) if len(setting_of(s).lrs) > 1 and not METHODS[m].rate_of]
@@ -381,7 +381,7 @@ def recorded(
     def complete(name:str, rung:str)->bool:
         stands, lr = _stands(name, rung)
         return bool(lr) and all(read_record(name, stands, lr, seed) for seed in range(seeds))
-    return [name for name in among if all(complete(name, rung) for rung in ladder_of(method))]
+    return [name for name in among if name in settings_for(method) and all(complete(name, rung) for rung in rungs_of(name, method))]
 
 # %% ../nbs/benchmark.ipynb #66af5b6d
 @dataclass(frozen=True)
@@ -403,7 +403,7 @@ def ladder(
 )->list[Rung]: # bottom first, the teacher last
     "The rungs of a ladder, from stored records."
     rungs, base = [], correct(setting_name, "hinton")
-    for name in ladder_of(method):
+    for name in rungs_of(setting_name, method):
         records, right, (stands, lr) = reported(setting_name, name), correct(setting_name, name), _stands(setting_name, name)
         seeds = min(len(base), len(right))
         mean = lambda split, key="accuracy": float(np.mean([r["splits"][split][key] for r in records]))
@@ -455,7 +455,7 @@ def ladder_plot(
     names = list(recorded(method) if settings is None else settings)
     if not names: raise ValueError(f"no setting to draw: python -m kdbook ladder {method}")
     with style():
-        fig, axes = plt.subplots(len(names), 1, figsize=(6.6, (.9 + .28 * len(ladder_of(method))) * len(names)), squeeze=False)
+        fig, axes = plt.subplots(len(names), 1, figsize=(6.6, sum(.9 + .28 * len(rungs_of(name, method)) for name in names)), squeeze=False)
         for ax, name in zip(axes[:, 0], names):
             rungs = [r for r in ladder(name, method) if r.gain is not None]
             interval_plot(ax, [r.method for r in rungs], *([100 * getattr(r.gain, k) for r in rungs] for k in ("mean", "low", "high")), fmt="{:+.1f}")

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['SETTINGS', 'SMALL', 'SEARCH_SEEDS', 'METHODS', 'BASELINES', 'LADDERS', 'TRAIL', 'WEIGHTS', 'TIMES', 'ON_KD',
-           'Setting', 'NoisySetting', 'setting_of', 'Method', 'movie_teacher', 'movie_generator', 'movie_pool',
-           'ladder_of']
+           'NOT_RUN', 'Setting', 'NoisySetting', 'setting_of', 'Method', 'movie_teacher', 'movie_generator',
+           'movie_pool', 'ladder_of', 'rungs_of', 'settings_for']
 
 # %% ../nbs/methods.ipynb #31485255
 import os
@@ -97,6 +97,7 @@ class Method:
     rate_of:str = "" # a method whose searched rate this one takes over; default: a search of its own
     candidates:tuple[str,...] = () # methods of which validation rows choose one to stand on this rung
     setup:Callable|None = None # (setting, student, rows) -> student, rows, more arguments of the recipe; default: as they are
+    fits:Callable[[Setting],bool] = lambda setting: True # settings in which it can be run
 
     def prepare(self, setting:Setting, student:nn.Module, rows:Any)->tuple[nn.Module,Any,dict[str,Any]]:
         "What `setup` gives: student, rows, more arguments of the recipe."
@@ -255,7 +256,7 @@ def _pooled(setting:Setting, student:nn.Module, rows:Any)->tuple:
 
 # %% ../nbs/methods.ipynb #9ffe7cba
 TIMES = {  # updates of each method that take as long as one of Glitter's, or of Combined-KD's first stage
-    "same-rows": dict(hinton=5., glitter_random=1.75, glitter_all=.5, combined=6.),
+    "same-rows": dict(hinton=5., glitter_random=1.75, glitter_all=.5, combined=8.),
     "same-rows-1x32": dict(hinton=3.5, glitter_random=1.7, glitter_all=.67),
     "digits": dict(hinton=2.1, glitter_random=1.4, glitter_all=1.35),
 }
@@ -270,13 +271,16 @@ def _times(recipe:Recipe, factor:float)->Recipe:
 def _glitter(s:Setting, lr:float, times:float=1., **how:Any)->Recipe:
     return _times(glitter.recipe(epochs=sum(s.epochs), lr=lr, batch_size=s.batch_size, **how), times)
 
+def _has_pool(s:Setting)->bool: return not s.noise and s.task in ("movies", "digits")
+
+_CHOSEN = dict(setup=_pooled, fits=_has_pool)
 METHODS |= {
-    "glitter": Method("Glitter", _glitter, setup=_pooled),
-    "glitter_all": Method("all 8 variants", partial(_glitter, k2=8), "hinton", setup=_pooled),
-    "glitter_random": Method("2 variants at random", partial(_glitter, pick="random"), "hinton", setup=_pooled),
+    "glitter": Method("Glitter", _glitter, **_CHOSEN),
+    "glitter_all": Method("all 8 variants", partial(_glitter, k2=8), "hinton", **_CHOSEN),
+    "glitter_random": Method("2 variants at random", partial(_glitter, pick="random"), "hinton", **_CHOSEN),
     "hinton_as_long": Method("plain KD, same time", lambda s, lr: _times(_one(Hinton(), s, lr), _as_long(s, "hinton")), "hinton"),
-    "glitter_random_as_long": Method("2 at random, same time", lambda s, lr: _glitter(s, lr, _as_long(s, "glitter_random"), pick="random"), "hinton", setup=_pooled),
-    "glitter_all_as_long": Method("all 8, same time", lambda s, lr: _glitter(s, lr, _as_long(s, "glitter_all"), k2=8), "hinton", setup=_pooled),
+    "glitter_random_as_long": Method("2 at random, same time", lambda s, lr: _glitter(s, lr, _as_long(s, "glitter_random"), pick="random"), "hinton", **_CHOSEN),
+    "glitter_all_as_long": Method("all 8, same time", lambda s, lr: _glitter(s, lr, _as_long(s, "glitter_all"), k2=8), "hinton", **_CHOSEN),
 }
 
 # %% ../nbs/methods.ipynb #e5a9e701
@@ -287,10 +291,11 @@ def _adversarial(setting:Setting, student:nn.Module, rows:Any)->tuple: return st
 def _combined(s:Setting, lr:float, **how:Any)->Recipe:
     return combined_kd.recipe(tau_max=s.tau_max, epochs=(s.epochs[0], s.on_labels(s.epochs[1])), lr=lr, batch_size=s.batch_size, label_validate_every=s.on_labels(1), bf16=True, **how)
 
+_REWRITTEN = dict(setup=_adversarial, fits=lambda s: not s.noise and s.task == "movies")
 METHODS |= {
-    "mate_kd": Method("MATE-KD", lambda s, lr, **how: combined_kd.mate_recipe(epochs=sum(s.epochs), lr=lr, batch_size=s.batch_size, bf16=True, **how), "hinton", setup=_adversarial),
-    "combined_kd": Method("Combined-KD", _combined, "annealing_kd", setup=_adversarial),
-    "combined_still": Method("Combined-KD, generator at rest", partial(_combined, generator_steps=0), "annealing_kd", setup=_adversarial),
+    "mate_kd": Method("MATE-KD", lambda s, lr, **how: combined_kd.mate_recipe(epochs=sum(s.epochs), lr=lr, batch_size=s.batch_size, bf16=True, **how), "hinton", **_REWRITTEN),
+    "combined_kd": Method("Combined-KD", _combined, "annealing_kd", **_REWRITTEN),
+    "combined_still": Method("Combined-KD, generator at rest", partial(_combined, generator_steps=0), "annealing_kd", **_REWRITTEN),
     "annealing_as_long": Method("Annealing-KD, same time", lambda s, lr: _times(METHODS["annealing_kd"].recipe(s, lr), _as_long(s, "combined")), "annealing_kd"),
 }
 
@@ -317,7 +322,7 @@ LADDERS |= {
 }
 LADDERS["swa"] = (*BASELINES, "annealing_kd", "continuation_kd", "progressive_kd", "universal_kd", "swa", "hinton_swa")
 LADDERS["all"] = tuple(dict.fromkeys(m for name, rungs in LADDERS.items() if name != "best_checkpoint" and not name.endswith("_controls") for m in rungs))
-LADDERS["techniques"] = (*BASELINES, "annealing_kd", "continuation_kd", "progressive_kd", "universal_kd", "reweighted_kd", "swa")  # without their controls
+LADDERS["techniques"] = (*BASELINES, "annealing_kd", "continuation_kd", "progressive_kd", "universal_kd", "reweighted_kd", "glitter", "combined_kd", "swa")  # without their controls
 LADDERS |= {
     "glitter": (*BASELINES, "glitter_random", "glitter_all", "glitter"),
     "glitter_time": (*BASELINES, "hinton_as_long", "glitter_random_as_long", "glitter_all_as_long", "glitter"),
@@ -335,3 +340,21 @@ def ladder_of(
     if method in LADDERS: return LADDERS[method]
     if method not in METHODS: raise ValueError(f"no method {method!r}; there are {', '.join(METHODS)}")
     return tuple(dict.fromkeys((*BASELINES, method)))
+
+# %% ../nbs/methods.ipynb #f696559d
+NOT_RUN = {("few-labels", "glitter"), ("few-labels", "combined_kd")}  # they fit, and there was no time for them
+
+def rungs_of(
+    setting_name:str, # a key of SETTINGS
+    method:str, # as in `ladder_of`
+)->tuple[str,...]: # rungs, bottom first
+    "The rungs of a ladder that this setting has. Raises `ValueError` where the method itself is not among them."
+    setting = setting_of(setting_name)
+    if method in METHODS and not METHODS[method].fits(setting): raise ValueError(f"{METHODS[method].title} cannot be run in setting {setting_name!r}")
+    return tuple(m for m in ladder_of(method) if METHODS[m].fits(setting) and (setting_name, m) not in NOT_RUN)
+
+def settings_for(
+    method:str, # as in `ladder_of`
+)->tuple[str,...]: # keys of SETTINGS
+    "The settings in which a method can be run; all of them for a ladder's name."
+    return tuple(name for name, setting in SETTINGS.items() if method in LADDERS and method not in METHODS or METHODS[method].fits(setting))

@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['METHOD_COLORS', 'METHOD_MARKERS', 'METHOD_LABELS', 'BOOK_STYLE', 'DIVERGING', 'method_style', 'style',
            'color_distance', 'ink', 'band_of', 'curve_with_band', 'interval_plot', 'diverging_colors', 'bar_histogram',
-           'soft_targets_bars', 'schedule_steps']
+           'soft_targets_bars', 'reliability_bars', 'schedule_steps']
 
-# %% ../nbs/plots.ipynb #b5df977e
+# %% ../nbs/plots.ipynb #660c6fbd
 import zlib
 from collections.abc import Sequence
 
@@ -18,7 +18,7 @@ from matplotlib.axes import Axes
 from matplotlib.colors import LinearSegmentedColormap, to_hex, to_rgb
 from matplotlib.ticker import MaxNLocator
 
-# %% ../nbs/plots.ipynb #3f4d114c
+# %% ../nbs/plots.ipynb #7453509c
 _METHODS = { # key: (colour, marker, name in the text)
     "alone":            ("#747474", "o", "student alone"),
     "hinton":           ("#56B4E9", "s", "plain KD"),
@@ -38,7 +38,7 @@ _METHODS = { # key: (colour, marker, name in the text)
     "teacher":          ("#000000", "d", "teacher"),
 }
 
-# %% ../nbs/plots.ipynb #2e2ca7ff
+# %% ../nbs/plots.ipynb #cb2a5c59
 _METHODS |= {
     "hinton_oof":       ("#56B4E9", "<", "plain KD, out of fold"),
     "relabel":          ("#009E73", "<", "soft relabelling"),
@@ -59,7 +59,7 @@ _METHODS |= {
     "reweighted_kd_swa": ("#D55E00", "H", "RW-KD + SWA"),
 }
 
-# %% ../nbs/plots.ipynb #8a9adb46
+# %% ../nbs/plots.ipynb #f9cb2ab2
 _METHODS |= {
     "continuation_no_margin": ("#E69F00", "v", "Continuation-KD, margin 0"),
     "continuation_printed": ("#332288", "s", "Continuation-KD, as printed"),
@@ -82,11 +82,23 @@ _METHODS |= {
     "nine_tenths":      ("#0072B2", "D", "weight 0.5 on nine tenths"),
     "reweighted_both":  ("#882255", "X", "RW-KD, both losses held out"),
 }
+
+# %% ../nbs/plots.ipynb #637e1944
+_METHODS |= {
+    "glitter_random":   ("#56B4E9", "*", "2 variants at random"),
+    "glitter_all":      ("#CC79A7", "*", "all 8 variants"),
+    "hinton_as_long":   ("#56B4E9", "X", "plain KD, same time"),
+    "glitter_random_as_long": ("#0072B2", "*", "2 at random, same time"),
+    "glitter_all_as_long": ("#882255", "*", "all 8, same time"),
+    "mate_kd":          ("#009E73", "p", "MATE-KD"),
+    "combined_still":   ("#747474", "p", "Combined-KD, generator at rest"),
+    "annealing_as_long": ("#D55E00", "^", "Annealing-KD, same time"),
+}
 METHOD_COLORS = {key: color for key, (color, _, _) in _METHODS.items()}
 METHOD_MARKERS = {key: marker for key, (_, marker, _) in _METHODS.items()}
 METHOD_LABELS = {key: label for key, (_, _, label) in _METHODS.items()}
 
-# %% ../nbs/plots.ipynb #9d22f2bf
+# %% ../nbs/plots.ipynb #6e2c02fd
 _FALLBACK = ("#44AA99", "#999933", "#AA4499", "#6699CC", "#661100") # from Paul Tol's sets too, less what the table uses
 
 def method_style(
@@ -97,7 +109,7 @@ def method_style(
     pick = zlib.crc32(str(name).encode())
     return dict(color=_FALLBACK[pick % len(_FALLBACK)], marker="o", label=str(name))
 
-# %% ../nbs/plots.ipynb #868391a7
+# %% ../nbs/plots.ipynb #847ad58c
 BOOK_STYLE = {
     "figure.figsize": (6, 4), "figure.dpi": 110, "savefig.dpi": 110,
     "figure.facecolor": "white", "axes.facecolor": "white", "savefig.facecolor": "white",
@@ -119,7 +131,7 @@ class style:
     def __enter__(self): return self
     def __exit__(self, *error): mpl.rcParams.update(self.before)
 
-# %% ../nbs/plots.ipynb #4d4ac57c
+# %% ../nbs/plots.ipynb #a1ce982a
 _VISION = { # Machado et al. 2009, severity 1, on linear RGB
     "normal": np.eye(3),
     "protanopia": np.array([[.152286, 1.052583, -.204868], [.114503, .786281, .099216], [-.003882, -.048116, 1.051998]]),
@@ -137,7 +149,7 @@ def _lab(linear):
     f = np.where(xyz > (6/29)**3, np.cbrt(xyz), xyz/(3*(6/29)**2) + 4/29)
     return np.array([116*f[1] - 16, 500*(f[0] - f[1]), 200*(f[1] - f[2])])
 
-# %% ../nbs/plots.ipynb #703ca34e
+# %% ../nbs/plots.ipynb #842123b9
 def color_distance(
     a, # any matplotlib colour
     b, # any matplotlib colour
@@ -147,7 +159,7 @@ def color_distance(
     seen = [_lab(np.clip(_VISION[vision] @ _linear(color), 0, 1)) for color in (a, b)]
     return float(np.linalg.norm(seen[0] - seen[1]))
 
-# %% ../nbs/plots.ipynb #4853ce54
+# %% ../nbs/plots.ipynb #1490ae2d
 def ink(
     color, # any matplotlib colour
 )->str: # the same hue, dark enough for letters on white
@@ -156,7 +168,7 @@ def ink(
     while 1.05/(_TO_XYZ[1] @ _linear(rgb) + .05) < 4.5: rgb = rgb*.95
     return to_hex(rgb)
 
-# %% ../nbs/plots.ipynb #ca9f5060
+# %% ../nbs/plots.ipynb #81ce1f10
 def band_of(
     runs, # (seeds, points) array or tensor
     band:str="std", # "std": one standard deviation of the runs; "t95": 95 % t-interval of their mean
@@ -173,7 +185,7 @@ def band_of(
         half = half * t.ppf(.975, n - 1) / n**.5
     return mean, mean - half, mean + half
 
-# %% ../nbs/plots.ipynb #d7457391
+# %% ../nbs/plots.ipynb #de857b57
 def curve_with_band(
     ax:Axes, # where to draw
     x, # (points,)
@@ -195,7 +207,7 @@ def curve_with_band(
                        va="center", color=ink(color), annotation_clip=False)
     return drawn, shade, text
 
-# %% ../nbs/plots.ipynb #3d2af39b
+# %% ../nbs/plots.ipynb #fc31ce76
 def interval_plot(
     ax:Axes, # where to draw
     names:Sequence[str], # rows from top to bottom: methods' keys or any text
@@ -226,7 +238,7 @@ def interval_plot(
     ax.grid(False, axis="y")
     return differs
 
-# %% ../nbs/plots.ipynb #e22cf0f7
+# %% ../nbs/plots.ipynb #3fa0a37a
 DIVERGING = {"negative": "#D55E00", "neutral": "#9A9A9A", "positive": "#0072B2"}
 
 def diverging_colors(
@@ -236,7 +248,7 @@ def diverging_colors(
     ramp = LinearSegmentedColormap.from_list("kdbook", list(DIVERGING.values()))
     return [to_hex(ramp(place)) for place in (np.linspace(0, 1, n) if n > 1 else [.5])]
 
-# %% ../nbs/plots.ipynb #687d6f7d
+# %% ../nbs/plots.ipynb #e2d47775
 def bar_histogram(
     ax:Axes, # where to draw
     probs, # (classes,) shares that sum to 1, or (sources, classes) to draw several side by side
@@ -267,7 +279,7 @@ def bar_histogram(
     ax.grid(False)
     return bars
 
-# %% ../nbs/plots.ipynb #181b8844
+# %% ../nbs/plots.ipynb #238a673a
 def soft_targets_bars(
     ax:Axes, # where to draw
     logits, # (classes,) raw scores
@@ -287,7 +299,23 @@ def soft_targets_bars(
     ax.grid(False, axis="x")
     return probs
 
-# %% ../nbs/plots.ipynb #f0b472d4
+# %% ../nbs/plots.ipynb #90239fd6
+def reliability_bars(
+    ax:Axes, # where to draw
+    bins, # (bins, 3): rows, confidence and accuracy of each, as `evaluation.reliability` gives them
+    least:int=20, # bins with fewer rows are left out
+    color=None, # of the bars; None is plain KD's
+)->int: # bars drawn
+    "Draws accuracy by confidence, with the diagonal of a calibrated model."
+    bins = np.asarray(bins, dtype=float)
+    if bins.ndim != 2 or bins.shape[1] != 3: raise ValueError(f"bins must be (bins, 3): rows, confidence, accuracy; got {bins.shape}")
+    edges, full = np.arange(len(bins)) / len(bins), bins[:, 0] >= least
+    ax.bar(edges[full] + .5 / len(bins), bins[full, 2], .9 / len(bins), color=color or METHOD_COLORS["hinton"])
+    ax.plot([0, 1], [0, 1], "--", color="#555555", linewidth=1.4)
+    ax.set(xlim=(0, 1), ylim=(0, 1), xlabel="confidence", ylabel="accuracy")
+    return int(full.sum())
+
+# %% ../nbs/plots.ipynb #3d1295f2
 def schedule_steps(
     ax:Axes, # where to draw
     values, # (epochs,) one value per epoch; NaN leaves an epoch out

@@ -281,8 +281,8 @@ def _updater(student:nn.Module, stage:Any, rows:Rows)->Callable[[int,int],float]
         return time.perf_counter() - started
     return update
 
-# %% ../nbs/studies.ipynb #17dedb2a
-ROBUST = ("alone", "hinton", "annealing_kd", "annealing_as_long", "glitter_random", "glitter_all", "glitter", "mate_kd", "combined_still", "combined_kd")
+# %% ../nbs/studies.ipynb #d93fb785
+ROBUST = ("alone", "hinton", "annealing_kd", "glitter_random", "glitter", "mate_kd", "combined_still", "combined_kd")
 
 def robustness_part(setting_name:str, seed:int, sentences:int=150)->None:
     "Attack one seed's students, and store the outcome."

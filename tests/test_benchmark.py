@@ -14,7 +14,8 @@ from kdbook.training import CrossEntropy, Recipe, Stage
 
 ROOT = Path(__file__).resolve().parent.parent
 TINY = b.Setting("tiny", "digits", 40, 20, (4, 1), 20, (1e-2, 3e-2), tau_max=2, student=(16,))
-METHODS = [m for m in b.METHODS if b.METHODS[m].recipe]  # the others take their recipe from a candidate
+AS_LONG = [m for m in b.METHODS if m.endswith("_as_long")]  # their budget is another method's time, not its updates
+METHODS = [m for m in b.METHODS if b.METHODS[m].recipe and m not in AS_LONG]  # the others take their recipe from a candidate
 REAL = [(s, m) for s in b.SETTINGS for m in METHODS]
 
 
@@ -57,6 +58,20 @@ def test_every_method_has_the_budget_of_its_setting(name, method):
     assert looks == sum(setting.epochs)
     assert {stage.batch_size for stage in recipe.stages} == {setting.batch_size}
     assert {stage.lr for stage in recipe.stages} == {1e-3}
+
+
+@pytest.mark.parametrize("name, method", [(s, method) for s in m.TIMES for method in AS_LONG])
+def test_a_method_that_takes_anothers_time_does_so(name, method):
+    "Its updates are the measured ratio of the two methods' costs, to an epoch and a tenth; it is validated about as often as all others."
+    setting = b.SETTINGS[name]
+    key, other = {"annealing_as_long": ("combined", "combined_kd")}.get(method, (method.removesuffix("_as_long"), "glitter"))
+    if key not in m.TIMES[name]: pytest.skip("not run in this setting")
+    first, *rest = b.METHODS[method].recipe(setting, 1e-3).stages
+    plain = setting.epochs[0] if rest else sum(setting.epochs)
+    ratio = json.loads((ROOT / "results" / "study" / "cost" / f"{name}.json").read_text())["ratio"]
+    measured = ratio[other] / ratio["annealing_kd" if key == "combined" else key]
+    assert abs(first.epochs - measured * plain) <= max(1, .1 * first.epochs)
+    assert abs(-(-first.epochs // first.validate_every) - min(plain, first.epochs)) <= plain // 4 + 1
 
 
 def test_two_stage_methods_split_the_budget_alike():
@@ -207,13 +222,13 @@ def test_ladder_resumes_and_refuses_to_mix(tiny, monkeypatch):
 def test_a_method_is_one_line(tiny, monkeypatch):
     monkeypatch.setitem(b.METHODS, "mine", m.Method("mine", b.METHODS["hinton"].recipe))
     b.run_ladder("mine", ["tiny"], seeds=2)
-    assert b.ladder_of("mine") == (*m.BASELINES, "mine")
+    assert m.ladder_of("mine") == (*m.BASELINES, "mine")
     rung = b.ladder("tiny", "mine")[3]
     assert (rung.method, rung.gain.mean) == ("mine", 0.0), "plain KD under another name gains nothing"
 
 
 @pytest.mark.parametrize("call, says", [
-    (lambda: b.ladder_of("anealing"), "annealing_kd"), (lambda: b.setting_of("tiniest"), "digits"),
+    (lambda: m.ladder_of("anealing"), "annealing_kd"), (lambda: b.setting_of("tiniest"), "digits"),
     (lambda: b.run_ladder("alone", ["digits"], seeds=1), "seeds"), (lambda: b.run_ladder("alone", ["digits"], jobs=0), "jobs")])
 def test_mistakes_are_named(call, says):
     with pytest.raises(ValueError, match=says):

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings, strategies as st
 from scipy.stats import t
 
-from kdbook.evaluation import Difference, accuracy, agreement, ece, evaluate, nll, paired_difference, wilson_interval
+from kdbook.evaluation import Difference, accuracy, agreement, ece, evaluate, mcnemar, nll, paired_difference, reliability, wilson_interval
 
 quick = settings(max_examples=60, deadline=None)
 shapes = st.tuples(st.integers(0, 10**6), st.integers(2, 6), st.integers(2, 30))
@@ -181,3 +181,32 @@ def test_evaluate_scores_every_split_but_train():
     right = int((predict_logits(net, task["test"], progress=False).argmax(-1) == labels).sum())
     assert table.loc["test", "accuracy"] == pytest.approx(right / 50)
     assert (table.loc["test", "low"], table.loc["test", "high"]) == pytest.approx(wilson_interval(right, 50))
+
+
+# -- two students that are there -----------------------------------------------------------------------------------
+
+@quick
+@given(st.integers(0, 10**6), st.integers(1, 200))
+def test_mcnemar_against_coins_counted(seed, rows):
+    "The p-value is the chance that a fair coin is at least as one-sided."
+    (ours,), (theirs,) = (a[:1] for a in answers(seed, 2, rows))
+    won, lost = int((ours & ~theirs).sum()), int((theirs & ~ours).sum())
+    n = won + lost
+    naive = sum(math.comb(n, k) for k in range(n + 1) if abs(k - n / 2) >= abs(won - n / 2)) / 2**n
+    assert mcnemar(ours, theirs) == pytest.approx(naive) == mcnemar(theirs, ours)
+
+
+@quick
+@given(st.integers(0, 10**6), st.integers(1, 60), st.integers(1, 12))
+def test_reliability_against_a_loop(seed, rows, bins):
+    g = torch.Generator().manual_seed(seed)
+    logits, labels = torch.randn(rows, 3, generator=g) * 3, torch.randint(0, 3, (rows,), generator=g)
+    found, naive = reliability(logits, labels, bins), [[] for _ in range(bins)]
+    for z, y in zip(logits, labels):
+        p = z.softmax(-1)
+        naive[min(bins - 1, int(p.max() * bins))].append((p.max().item(), float(p.argmax() == y)))
+    for (n, confidence, right), members in zip(found.tolist(), naive):
+        assert n == len(members)
+        if members: assert confidence == pytest.approx(sum(c for c, _ in members) / n, abs=1e-5) and right == pytest.approx(sum(r for _, r in members) / n)
+    gaps = sum(abs(sum(c - r for c, r in members)) for members in naive) / rows
+    assert ece(logits, labels, bins) == pytest.approx(gaps, abs=1e-5)
