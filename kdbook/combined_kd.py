@@ -171,6 +171,7 @@ def _moving(generator:nn.Module)->dict[str,Tensor]: return {name: p for name, p 
 def _over_processes(grad:Tensor)->Tensor:
     "The mean over processes: every one of them holds a generator, and they must stay the same."
     if torch.distributed.is_available() and torch.distributed.is_initialized():
+        grad = grad.contiguous()  # a gradient may be one number in many places, which all_reduce would write beyond
         torch.distributed.all_reduce(grad); grad /= torch.distributed.get_world_size()
     return grad
 

@@ -278,6 +278,7 @@ class Glitter(Chooser):
     ):
         super().__init__(k1, k2, pick, score_every)
         if setup not in ("kd", "self", "consistency"): raise ValueError(f'setup must be "kd", "self" or "consistency", got {setup!r}')
+        if temperature <= 0 or not 0 <= alpha <= 1: raise ValueError(f"temperature must be > 0 and alpha in [0, 1], got temperature={temperature}, alpha={alpha}")
         self.setup, self.temperature, self.alpha = setup, temperature, alpha
         self.aug_weight = aug_weight if aug_weight is not None else 1. if setup == "consistency" else alpha
         self.requires = ("label", "idx", "pool_length", *(() if setup == "consistency" else ("teacher_logits", "pool_teacher_logits")))

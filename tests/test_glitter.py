@@ -117,8 +117,8 @@ def test_the_filter_drops_copies_and_keeps_the_nearest():
     data = Dataset.from_dict(dict(idx=[0], pixel_values=[[1., 0., 0., 0.]], label=[0]))
     from kdbook.models import image_net
     net = image_net((6,), 2, pixels=4)
-    variants = [[1., 0., 0., 0.], [.9, .1, 0., 0.], [0., 0., 1., 1.], [.5, .5, 0., 0.]]
-    pool = gl.make_pool(data, (lambda x, rng: [rng.choice(variants)],), k=3, progress=False)
+    variants = [[1., 0., 0., 0.], [0., 0., 1., 1.], [1., 1e-6, 0., 0.], [.5, .5, 0., 0.]]  # the third is new and yet the same
+    pool = gl.make_pool(data, tuple(lambda x, rng, v=v: [v] for v in variants[1:]), k=3, progress=False)
     kept = gl.keep_closest(pool, net, k=2, progress=False)
     states = lambda x: net(torch.tensor(x)[None]).hidden_states[-1]
     away = [gl.angular_distance(states(x), states([1., 0., 0., 0.])).item() for x in kept[0]["pool_pixel_values"]]
@@ -127,8 +127,8 @@ def test_the_filter_drops_copies_and_keeps_the_nearest():
 
 
 @pytest.mark.parametrize("call, says", [
-    (lambda: gl.Glitter(k1=4, k2=5), "k2=5, k1=4"), (lambda: gl.Glitter(pick="best"), "best"), (lambda: gl.Glitter(temperature=0), "temperature"),
-    (lambda: gl.Glitter(alpha=2), "alpha"), (lambda: gl.make_pool(rows(3), k=0), "k must be"), (lambda: gl.encode_pool(rows(3)), "make_pool"),
+    (lambda: gl.Glitter(k1=4, k2=5), "k2=5, k1=4"), (lambda: gl.Glitter(pick="best"), "best"), (lambda: gl.Glitter(temperature=0), "temperature=0"),
+    (lambda: gl.Glitter(alpha=2), "alpha=2"), (lambda: gl.make_pool(rows(3), k=0), "k must be"), (lambda: gl.encode_pool(rows(3)), "make_pool"),
     (lambda: fit(bert(), gl.recipe(epochs=1), rows(8), progress=False), "pool_length"),
     (lambda: fit(bert(), gl.recipe(epochs=1, k1=8), pooled(8, k=4), progress=False), "k1=8")])
 def test_mistakes_are_named(call, says):
