@@ -95,6 +95,16 @@ class Rewriter(Callback):
         words = self._generator.vocabulary[sample_words(logits)]
         return {name: batch[name] for name in INPUTS if name in batch} | {"input_ids": batch["input_ids"].masked_scatter(where, words)}
 
+# %% ../nbs/combined_kd.ipynb #d6d3c93c
+def _moving(generator:nn.Module)->dict[str,Tensor]: return {name: p for name, p in generator.named_parameters() if p.requires_grad}
+
+def _over_processes(grad:Tensor)->Tensor:
+    "The mean over processes: every one of them holds a generator, and they must stay the same."
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        grad = grad.contiguous()  # a gradient may be one number in many places, which all_reduce would write beyond
+        torch.distributed.all_reduce(grad); grad /= torch.distributed.get_world_size()
+    return grad
+
 # %% ../nbs/combined_kd.ipynb #595e833c
 class AdversarialStep(Rewriter):
     "A `Rewriter` whose generator learns to widen the gap between teacher and student. A callback of the recipe too, so that checkpoints keep it."
@@ -164,16 +174,6 @@ def generator_step(adversary:AdversarialStep, student:nn.Module, batch:dict[str,
     nn.utils.clip_grad_norm_(moving, adversary.clip)
     adversary._optimizer.step(); adversary._optimizer.zero_grad()
     return value.detach()
-
-# %% ../nbs/combined_kd.ipynb #d6d3c93c
-def _moving(generator:nn.Module)->dict[str,Tensor]: return {name: p for name, p in generator.named_parameters() if p.requires_grad}
-
-def _over_processes(grad:Tensor)->Tensor:
-    "The mean over processes: every one of them holds a generator, and they must stay the same."
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
-        grad = grad.contiguous()  # a gradient may be one number in many places, which all_reduce would write beyond
-        torch.distributed.all_reduce(grad); grad /= torch.distributed.get_world_size()
-    return grad
 
 # %% ../nbs/combined_kd.ipynb #adc73133
 class MateKD:

@@ -275,7 +275,7 @@ def _has_pool(s:Setting)->bool: return not s.noise and s.task in ("movies", "dig
 
 _CHOSEN = dict(setup=_pooled, fits=_has_pool)
 METHODS |= {
-    "glitter": Method("Glitter", _glitter, **_CHOSEN),
+    "glitter": Method("Glitter", _glitter, "hinton", **_CHOSEN),
     "glitter_all": Method("all 8 variants", partial(_glitter, k2=8), "hinton", **_CHOSEN),
     "glitter_random": Method("2 variants at random", partial(_glitter, pick="random"), "hinton", **_CHOSEN),
     "hinton_as_long": Method("plain KD, same time", lambda s, lr: _times(_one(Hinton(), s, lr), _as_long(s, "hinton")), "hinton"),

@@ -281,10 +281,10 @@ def _updater(student:nn.Module, stage:Any, rows:Rows)->Callable[[int,int],float]
         return time.perf_counter() - started
     return update
 
-# %% ../nbs/studies.ipynb #d93fb785
-ROBUST = ("alone", "hinton", "annealing_kd", "glitter_random", "glitter", "mate_kd", "combined_still", "combined_kd")
+# %% ../nbs/studies.ipynb #e1ae7543
+ROBUST = ("alone", "hinton", "annealing_kd", "glitter_random", "mate_kd", "combined_still", "combined_kd")
 
-def robustness_part(setting_name:str, seed:int, sentences:int=150)->None:
+def robustness_part(setting_name:str, seed:int, sentences:int=100)->None:
     "Attack one seed's students, and store the outcome."
     torch.set_num_threads(1)
     task, train, _ = _task("movies")
