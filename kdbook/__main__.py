@@ -20,7 +20,8 @@ def arguments()->"argparse.ArgumentParser":
     parser = argparse.ArgumentParser("python -m kdbook", description="kdbook: data, the book's teacher, and the records behind its tables.")
     commands = parser.add_subparsers(dest="command", required=True)
     commands.add_parser("fetch", help="get the default data and backbone into the cache, and verify them (about 90 MB)")
-    commands.add_parser("teacher", help="train the book's teacher and store what it writes (about 15 minutes on two cores)")
+    teacher = commands.add_parser("teacher", help="train the book's teacher and store what it writes (about 15 minutes on two cores)")
+    teacher.add_argument("--keep-record", action="store_true", help="leave the weights in the cache, and the stored record as it is")
     study = commands.add_parser("study", help="run the missing parts of a study; resumable")
     study.add_argument("study", choices=sorted(STUDIES), help="which question")
     run = commands.add_parser("ladder", help="run the missing records of a method and its baselines; resumable")
@@ -39,7 +40,9 @@ def main(argv:list[str]|None=None)->int: # exit code
     args = arguments().parse_args(argv)
     if args.command == "fetch":
         for name in ("movies", "minilm"): print(f"{name}: {fetch(name)}")
-    elif args.command == "teacher": print(write_teacher_record(*train_teacher()))
+    elif args.command == "teacher":
+        trained = train_teacher()
+        print(trained[1].folder if args.keep_record else write_teacher_record(*trained))
     elif args.command == "study": run_study(args.study, args.seeds, args.jobs)
     elif args.command == "ladder": run_ladder(args.method, args.setting, args.seeds, args.jobs)
     else: print_ladder(args.method, args.setting or settings_for(args.method))

@@ -165,10 +165,11 @@ def _hidden(layer:int, setting:Setting, student:nn.Module, rows:Any)->tuple:
 TRAIL = (25, 50, 100, 175, 300, 450, 600, 750)  # updates after which the movie teacher's weights are kept
 
 def movie_teacher()->nn.Module:
-    "The live movie teacher, with the weights that `python -m kdbook teacher` left in the user's cache."
+    "The live movie teacher, with the weights that training it left in the user's cache. Raises `FileNotFoundError` where there are none."
     from kdbook.data import cache_dir
     from kdbook.models import teacher
-    return Trail(TRAIL, cache_dir() / "teacher" / "minilm-movies").load(teacher("minilm"))
+    try: return Trail(TRAIL, cache_dir() / "teacher" / "minilm-movies").load(teacher("minilm"))
+    except FileNotFoundError as e: raise FileNotFoundError(f"{e}: python -m kdbook teacher --keep-record") from None
 
 @lru_cache(1)
 def _teacher_states()->Any: # (largest idx + 1, layers, hidden_size)

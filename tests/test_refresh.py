@@ -28,6 +28,14 @@ def test_digest_follows_code_modules_and_results(tmp_path):
     (results / "b.json").write_text("2")
     second = digests()
     assert second[0] == first[0] and second[1] != first[1], "only the chapter that reads results is stale"
+    (results / "teacher").mkdir()
+    taught, colab = chapter('annotate(rows, "minilm-movies")'), chapter('#| eval: false\nos.environ["KDBOOK_RESULTS"] = "results"')
+    before = [refresh.digest(nb, lib, results) for nb in (taught, colab)]
+    (results / "c.json").write_text("3")
+    assert [refresh.digest(nb, lib, results) for nb in (taught, colab)] == before
+    (results / "teacher" / "minilm-movies.json").write_text("4")
+    assert refresh.digest(taught, lib, results) != before[0] and refresh.digest(colab, lib, results) == before[1]
+    (results / "c.json").unlink(), (results / "teacher" / "minilm-movies.json").unlink()
     (lib / "low.py").write_text("x = 2\n")  # reached through high.py, from inside a function
     third = digests()
     assert third[0] != second[0] and third[1] != second[1]
