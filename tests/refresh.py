@@ -17,7 +17,7 @@ from tqdm import tqdm
 ROOT = Path(__file__).resolve().parent.parent
 NBS, LIB, RESULTS = ROOT / "nbs", ROOT / "kdbook", ROOT / "results"
 VIEW = "application/vnd.jupyter.widget-view+json"
-READS_RESULTS = re.compile(r"\bresults(_dir)?\b|\bread_records?\b|\brecorded\b|\breported\b|\bcorrect\b|\bstudy_\w+\b|\bladder(_\w+)?\b")
+READS_RESULTS = re.compile(r"\bread_records?\(|\brecorded\(|\breported\(|\bcorrect\(|\bstudy_(records|path)\(|\bladder(_table|_plot)?\(|results_dir\(\) / .(study|ladder)")
 READS_TEACHER = re.compile(r"minilm-movies")
 PROGRESS = re.compile(r"\d+%\|.*?\|")
 
