@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from .annealing_kd import AnnealingKD, annealing_loss, temperature_schedule
-from .distillation import INPUTS, forward, joined, soft_target_loss
+from .distillation import INPUTS, forward, joined, logit_mse, soft_target_loss
 from .training import Callback, CrossEntropy, Loss, Progress, Recipe, Stage, label_loss
 from .words import MaskedGenerator, mask_tokens
 
@@ -125,7 +125,11 @@ class AdversarialStep(Rewriter):
         self._begin()
 
     def __repr__(self)->str: return "AdversarialStep(" + ", ".join(f"{k}={v!r}" for k, v in vars(self).items() if k[0] != "_") + ")"
-    def _begin(self)->None: self._gaps, self._optimizer = [], None if self._generator is None else torch.optim.AdamW(_moving(self._generator).values(), lr=self.lr)
+    def to(self, device:torch.device)->None:
+        "Teacher, generator and its optimiser's state to a device; the generator trains."
+        self._teacher.to(device); self._generator.to(device).train()
+        for state in self._optimizer.state.values(): state.update({k: v.to(device) for k, v in state.items() if k != "step"})
+    def _begin(self)->None: self._gaps, self._played, self._optimizer = [], None, None if self._generator is None else torch.optim.AdamW(_moving(self._generator).values(), lr=self.lr)
     @property
     def gaps(self)->list[float]: "The gap before each of the generator's steps."; return self._gaps
     def due(self, progress:Progress)->bool: "Whether this update trains the generator too."; return progress.step % self.student_steps < self.generator_steps
@@ -160,10 +164,13 @@ def play(
     progress:Progress, # says whose turn it is
 )->dict[str,Tensor]: # the batch's inputs, rewritten
     "The generator's turn, where it is due, and then a rewritten batch for the student's."
-    device = batch["input_ids"].device
-    adversary._teacher.to(device); adversary._generator.to(device).train()
+    adversary.to(batch["input_ids"].device)
+    words = [len(model.get_input_embeddings().weight) for model in (getattr(student, "module", student), adversary._teacher)]
+    if words[0] != words[1]: raise ValueError(f"student and teacher must share a vocabulary, but they have {words[0]} and {words[1]} words")
     if adversary.starting(progress):  # the same recipe may be run twice
         adversary._generator.load_state_dict(adversary._first, strict=False); adversary._begin()
+    elif progress.step == adversary._played: return adversary.rewrite(batch)  # another piece of the same update
+    adversary._played = progress.step
     if adversary.due(progress): adversary.gaps.append(generator_step(adversary, student, batch).item())
     return adversary.rewrite(batch)
 
@@ -177,7 +184,7 @@ def generator_step(adversary:AdversarialStep, student:nn.Module, batch:dict[str,
 
 # %% ../nbs/combined_kd.ipynb #adc73133
 class MateKD:
-    "Labels, the teacher on the text, and the teacher on adversarial text, a third each (MATE-KD)."
+    "Labels, the teacher on the text, and the teacher on adversarial text, a third each (MATE-KD); squared errors where there is one output, which wants the gap \"mse\"."
     requires, rows = ("label", "teacher_logits"), "all"
     def __init__(self,
         adversary:AdversarialStep, # its gap should be "kl"
@@ -189,8 +196,9 @@ class MateKD:
         "The three terms, by name; rows without a label have two."
         rewritten = play(self.adversary, student, batch, progress)
         own, theirs = forward(student, joined(batch, rewritten)).chunk(2)
-        label, teacher = label_loss(own, batch["labels"]), soft_target_loss(own, batch["teacher_logits"])
-        adversarial = soft_target_loss(theirs, self.adversary.teach(rewritten))
+        apart = logit_mse if own.shape[-1] == 1 else soft_target_loss
+        label, teacher = label_loss(own, batch["labels"]), apart(own, batch["teacher_logits"])
+        adversarial = apart(theirs, self.adversary.teach(rewritten))
         return Loss((label + teacher + adversarial) / 3, {"label": label.detach(), "teacher": teacher.detach(), "adversarial": adversarial.detach()})
 
 # %% ../nbs/combined_kd.ipynb #e21078eb

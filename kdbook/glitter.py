@@ -36,7 +36,7 @@ def make_pool(
     functions = [_function(way, dataset, generator) for way in ways]
     inputs, rng = list(dataset.with_format(None)[column]), random.Random(seed)
     pools, seen = [[] for _ in inputs], [{_key(x)} for x in inputs]
-    for turn in _bar(list(range(3 * k)), progress, "pool"):
+    for turn in _bar(list(range(max(3 * k, len(ways)))), progress, "pool"):
         short = [i for i, pool in enumerate(pools) if len(pool) < k]
         if not short: continue
         number = turn % len(ways)
@@ -53,10 +53,12 @@ def _function(way:str|Callable, dataset:Any, generator:nn.Module|None)->Callable
     return partial(fill_words, generator=generator or warm_up(masked_generator(), dataset)) if way == "fill" else WAYS[way]
 
 def _key(value:Any)->Any:
-    "What two variants must differ in: letters and digits, or pixels."
+    "What two variants must differ in: words of letters or digits alone, or pixels."
     return " ".join(p for p in pieces_of(value.lower()) if p.isalnum()) if isinstance(value, str) else tuple(value)
 
 def _with_pool(dataset:Any, pools:list, k:int, column:str)->Any:
+    written = [c for c in ("pool_length", "pool_input_ids", "pool_token_type_ids", "pool_teacher_logits") if c in dataset.column_names]
+    dataset = dataset.remove_columns(written)  # of another pool
     blank = "" if column == "text" else [0.] * len(dataset[0][column])
     padded = [pool + [(-1, blank)] * (k - len(pool)) for pool in pools]
     dataset = with_column(dataset, f"pool_{column}", [[x for _, x in pool] for pool in padded])
@@ -163,7 +165,7 @@ def pool_losses(
     targets:Tensor, # (batch, k, num_labels): the teacher's logits there; in "consistency" the student's own of the original
     temperature:float=2.0, # > 0
     setup:str="kd", # as in `Glitter`
-)->Tensor: # (batch, k), nats times temperature squared; squared error where there is one output
+)->Tensor: # (batch, k), nats times temperature squared (not in "consistency"); squared error where there is one output
     "How far the student is from its target on each variant: what Glitter selects by, and then trains on."
     if student_logits.shape[-1] == 1: return logit_mse(student_logits, targets, "none")
     if setup == "consistency": return soft_target_loss(student_logits / temperature, targets, 1., "none")  # the target is left as it is
@@ -192,6 +194,7 @@ def score_pool(
     k1:int|None=None, # the first k1 variants; default: all
 )->Tensor: # (batch, k1), `pool_losses`; minus infinity where there is no variant
     "The student's loss on every variant, in evaluation mode and without gradient."
+    student = getattr(student, "module", student)  # processes may score different numbers of rows, so they must not wait for each other
     size, was_training = len(batch["pool_length"]), student.training
     places = torch.arange(k1 or batch["pool_length"].shape[1], device=batch["pool_length"].device).expand(size, -1)
     student.eval()
@@ -274,7 +277,7 @@ class Glitter(Chooser):
         alpha:float=0.5, # in [0, 1]: weight of the soft targets; the labels get 1 - alpha. "consistency" ignores it
         aug_weight:float|None=None, # >= 0: weight of the mean loss on the variants; default: alpha, and 1 in "consistency"
         pick:Literal["worst","random"]="worst", # "random" is the control: any k2 of the k1
-        score_every:int=1, # epochs between two looks at a row's pool; in between it keeps its choice
+        score_every:int=1, # epochs between two looks at a row's pool; in between it keeps its choice. Each process remembers its own rows
     ):
         super().__init__(k1, k2, pick, score_every)
         if setup not in ("kd", "self", "consistency"): raise ValueError(f'setup must be "kd", "self" or "consistency", got {setup!r}')

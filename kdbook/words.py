@@ -33,12 +33,14 @@ def word_places(
     "Where the words are."
     return [i for i, piece in enumerate(pieces) if piece[0].isalpha()]
 
-# %% ../nbs/words.ipynb #cdf060f2
-def _some(places:list[int], share:float, rng:random.Random, at_least:int=1)->list[int]:
-    "About `share` of the places, in order; none from fewer than two."
+# %% ../nbs/words.ipynb #7db17617
+def _check_share(share:float)->None:
     if not 0 < share <= 1: raise ValueError(f"share must be above 0 and at most 1, got {share}")
+
+def _some(places:list[int], share:float, rng:random.Random)->list[int]:
+    "About `share` of the places, in order; none from fewer than two."
     if len(places) < 2: return []
-    return sorted(rng.sample(places, min(len(places) - 1, max(at_least, round(share * len(places))))))
+    return sorted(rng.sample(places, min(len(places) - 1, max(1, round(share * len(places))))))
 
 # %% ../nbs/words.ipynb #5a88061e
 def delete_words(
@@ -47,6 +49,7 @@ def delete_words(
     share:float=0.15, # of the words of each text, at least one and never all
 )->list[str]: # as many sentences
     "Each text without some of its words (EDA's random deletion, Wei and Zou 2019)."
+    _check_share(share)
     def one(text):
         pieces = pieces_of(text)
         for i in _some(word_places(pieces), share, rng): pieces[i] = ""
@@ -60,6 +63,7 @@ def swap_words(
     share:float=0.15, # of the words of each text, at least two
 )->list[str]: # as many sentences
     "Each text with some of its words in each other's places (EDA's random swap, Wei and Zou 2019)."
+    _check_share(share)
     def one(text):
         pieces = pieces_of(text)
         places = word_places(pieces)
@@ -130,9 +134,9 @@ class Leaning:
         for text, label in said:
             totals[label] += 1
             for word in {p.lower() for p in pieces_of(text)}: counts.setdefault(word, torch.zeros(self.classes))[label] += 1
-        shares = {word: torch.log((n + prior) / (totals + 2 * prior)) for word, n in counts.items()}
-        self.by_word = {word: s - s.mean() for word, s in shares.items()}
-        self.unseen = torch.log(prior / (totals + 2 * prior)); self.unseen = self.unseen - self.unseen.mean()
+        weight = prior * (totals / totals[totals > 0].mean()).clamp(min=.1)  # in proportion, or rare words would lean to the smaller class
+        shares = {word: torch.log((n + weight) / (totals + 2 * weight)) for word, n in counts.items()}
+        self.by_word, self.unseen = {word: s - s.mean() for word, s in shares.items()}, torch.zeros(self.classes)
 
     def __repr__(self)->str: return f"Leaning(classes={self.classes}, most={self.most}, words={zlib.crc32(str([(w, s.tolist()) for w, s in sorted(self.by_word.items())]).encode()):08x})"
     def of(self, word:str)->Tensor: # (classes,), sums to 0
@@ -163,6 +167,7 @@ def replace_words(
     allow:Callable[[str,str],bool]=same_kind, # (word, other) -> whether it may stand in; a `Leaning` is one
 )->list[str]: # as many sentences
     "Each text with some words replaced by neighbours in embedding space."
+    _check_share(share)
     near = nearest_words()
     def one(text):
         pieces = pieces_of(text)
@@ -229,7 +234,7 @@ class MaskedGenerator(nn.Module):
         some = slice(None) if len(self.vocabulary) == len(out.weight) else self.vocabulary
         return F.linear(head.transform(hidden), out.weight[some], out.bias[some])
 
-    def places(self,
+    def targets(self,
         words:Tensor, # word numbers
     )->Tensor: # same shape: where each stands in the vocabulary; -100 for a word that is not in it
         "The targets that belong to `forward`'s logits."
@@ -238,7 +243,7 @@ class MaskedGenerator(nn.Module):
 
 # %% ../nbs/words.ipynb #1bfbf254
 def masked_generator(
-    name:str="minilm", # "minilm" (needs no Hub, and a warm-up), or a masked language model of the Hub
+    name:str="minilm", # "minilm" (needs no Hub, and a warm-up), or a BERT-like masked language model of the Hub
     layers:int=2, # first layers of MiniLM that are kept, 1 to 6
     seed:int=0, # of MiniLM's new output layer
 )->MaskedGenerator: # evaluation mode
@@ -264,7 +269,8 @@ class MaskedLM:
         "Cross-entropy at the holes, in nats."
         bare = getattr(student, "module", student)
         covered, where = mask_tokens(batch["input_ids"], batch["attention_mask"], bare.tokenizer, self.rate)
-        return Loss(label_loss(student(covered, batch["attention_mask"], where), bare.places(batch["input_ids"][where])))
+        if not where.any(): where[:, 0] = True  # a batch needs a hole; its first token is special and soon forgotten
+        return Loss(label_loss(student(covered, batch["attention_mask"], where), bare.targets(batch["input_ids"][where])))
 
 def warm_up(
     generator:MaskedGenerator, # left untouched
@@ -291,7 +297,8 @@ def _for_text(generator:MaskedGenerator, rows:list[list[int]], least:int)->Maske
     "The words of a text become the vocabulary; a new output layer starts from how frequent they are."
     bias = generator.model.get_output_embeddings().bias
     counts = torch.bincount(torch.tensor([i for row in rows for i in row[1:-1]]), minlength=len(bias))
-    generator.vocabulary = (counts >= least).nonzero().flatten()
+    generator.vocabulary = (counts >= least).nonzero().flatten().to(bias.device)
+    if len(generator.vocabulary) < 100: raise ValueError(f"only {len(generator.vocabulary)} words stand {least} times in these sentences: give more of them, or least=0")
     if not bias.any(): bias.data.copy_(((counts + 1) / (counts + 1).sum()).log())
     return generator
 
@@ -304,6 +311,7 @@ def fill_words(
     k:int=10, # likeliest words to draw from
 )->list[str]: # as many sentences
     "Each text with some words covered and written anew by a masked language model. Raises `ValueError` without a generator."
+    _check_share(share)
     if generator is None: raise ValueError("fill_words needs generator=: warm_up(masked_generator(), dataset), or a masked language model of the Hub")
     tokenizer, split = generator.tokenizer, [pieces_of(text) for text in texts]
     places = [_some(word_places(pieces), share, rng) for pieces in split]
@@ -311,8 +319,8 @@ def fill_words(
     found = iter(_fillings(generator, holes, k))
     for pieces, at in zip(split, places):
         for i, words in zip(at, next(found)):
-            new = [word for word in words if word != pieces[i].lower()]
-            pieces[i] = like_case(pieces[i], rng.choice(new))
+            new = [word for word in words if word.isalpha() and word != pieces[i].lower()][:k]
+            if new: pieces[i] = like_case(pieces[i], rng.choice(new))
     return ["".join(pieces) for pieces in split]
 
 # %% ../nbs/words.ipynb #3615c8d1
@@ -329,6 +337,6 @@ def _fillings(generator:MaskedGenerator, texts:list[str], k:int)->list[list[list
         where = batch.input_ids == tokenizer.mask_token_id
         logits = generator(batch.input_ids, batch.attention_mask, where)
         logits = logits.masked_fill(_not_words(tokenizer).to(logits.device)[generator.vocabulary], -torch.inf)
-        likely = iter(generator.vocabulary[logits.topk(k + 1).indices].tolist())
+        likely = iter(generator.vocabulary[logits.topk(min(k + 1, logits.shape[-1])).indices].tolist())
         out += [[tokenizer.convert_ids_to_tokens(next(likely)) for _ in range(holes)] for holes in where.sum(1).tolist()]
     return out

@@ -27,7 +27,7 @@ class Bag(nn.Module):
         return torch.stack([-score, score], 1)
 
 
-def answers(model, texts): return ev._Victim(model, 64, None)(list(texts), [None] * len(texts)).argmax(-1).tolist()
+def answers(model, texts): return ev._Victim(model)(list(texts), [None] * len(texts)).argmax(-1).tolist()
 
 
 def own_labels(model, texts): return Dataset.from_dict(dict(text=list(texts), label=answers(model, texts)))
@@ -69,15 +69,14 @@ def test_the_second_text_stays_and_counts():
         def forward(self, input_ids, attention_mask, token_type_ids): return super().forward(input_ids, attention_mask)
     model = Pair(2)
     data = Dataset.from_dict(dict(text=["wonderful director"] * 2, text_pair=["slow story", "quiet film"], label=[0, 1]))
-    labels = ev._Victim(model, 8, None)(data["text"][:], data["text_pair"][:]).argmax(-1).tolist()
+    labels = ev._Victim(model)(data["text"][:], data["text_pair"][:]).argmax(-1).tolist()
     found = ev.attack(model, data.remove_columns("label").add_column("label", labels), similarity=-1., cache=False, progress=False)
-    after = ev._Victim(model, 8, None)([r["attacked"] for r in found.rows], data["text_pair"][:]).argmax(-1).tolist()
+    after = ev._Victim(model)([r["attacked"] for r in found.rows], data["text_pair"][:]).argmax(-1).tolist()
     assert after == [r["after"] for r in found.rows]
 
 
 def test_the_cache_knows_model_rows_and_rules(tmp_path, monkeypatch):
     monkeypatch.setenv("KDBOOK_CACHE", str(tmp_path))
-    import kdbook.data as data_module
     nearest_words(); sentence_vectors(["warm"])  # with the usual cache
     model, data = Bag(1), own_labels(Bag(1), ["wonderful film", "slow story"])
     files = lambda: len(list((tmp_path / "attacks").glob("*.json"))) if (tmp_path / "attacks").exists() else 0
@@ -89,7 +88,7 @@ def test_the_cache_knows_model_rows_and_rules(tmp_path, monkeypatch):
     assert attack().rows == [{**r, "changed": [list(c) for c in r["changed"]]} for r in first.rows] and len(calls) == 1 == files()
     attack(similarity=.8); attack(m=Bag(2)); attack(d=data.select([0])); attack(allow=Leaning(["good"], [0])); attack(allow=Leaning(["bad"], [0]))
     assert len(calls) == 6 == files()
-    attack(allow=lambda a, b: True); attack(allow=lambda a, b: False)  # two functions of one name: neither is kept
+    attack(allow=lambda a, b: True); attack(allow=lambda a, b: False)  # a function prints an address: not kept
     assert len(calls) == 8 and files() == 6
 
 
@@ -112,15 +111,15 @@ def test_the_raters_gap_against_a_loop():
 
 
 @pytest.mark.data
-@pytest.mark.parametrize("task", ev.OUTSIDE)
+@pytest.mark.parametrize("task", ev.OUT_OF_DOMAIN)
 def test_out_of_domain_sets_ask_the_same_question(task):
     "The same classes in the same order, under whatever name; and rows with text."
     from kdbook.data import load_task
     alike = {"neg": "negative", "pos": "positive", "not_equivalent": "no", "not_duplicate": "no", "not_paraphrase": "no", "equivalent": "yes", "duplicate": "yes", "paraphrase": "yes"}
     names = lambda rows: [alike.get(n, n) for n in rows.features["label"].names]
     home = names(load_task(task)["validation"])
-    found = ev.outside(task)
-    assert tuple(found) == ev.OUTSIDE[task]
+    found = ev.out_of_domain(task)
+    assert tuple(found) == ev.OUT_OF_DOMAIN[task]
     for name, rows in found.items():
         assert names(rows) == home, name
         assert len(rows) > 50 and set(rows["label"]) <= set(range(len(home))) and "text" in rows.column_names
@@ -128,6 +127,6 @@ def test_out_of_domain_sets_ask_the_same_question(task):
 
 @pytest.mark.data
 def test_a_model_that_reads_only_the_label_words_scores_everywhere():
-    "`evaluate` takes what `outside` gives."
-    scores = ev.evaluate(Bag(), ev.outside("mrpc"))
-    assert list(scores.index) == list(ev.OUTSIDE["mrpc"]) and (scores.accuracy > 0).all()
+    "`evaluate` takes what `out_of_domain` gives."
+    scores = ev.evaluate(Bag(), ev.out_of_domain("mrpc"))
+    assert list(scores.index) == list(ev.OUT_OF_DOMAIN["mrpc"]) and (scores.accuracy > 0).all()
