@@ -5,8 +5,8 @@ python tests/refresh.py nbs/data.ipynb  the named ones, stale or not
 python tests/refresh.py --check         only say which are stale (exit code 1 when there are any)
 
 A chapter is stale when the hash in its metadata is not the hash of its code cells, of every kdbook module they reach
-and, where a cell reads stored results, of the files under results/ (under results/teacher, where it reads only what the
-teacher wrote). A new torch or matplotlib does not make it stale.
+and, where a cell reads stored results, of the files in that folder of results/. A new torch or matplotlib does not make
+it stale.
 """
 import ast, hashlib, os, re, sys, time
 from pathlib import Path
@@ -17,8 +17,11 @@ from tqdm import tqdm
 ROOT = Path(__file__).resolve().parent.parent
 NBS, LIB, RESULTS = ROOT / "nbs", ROOT / "kdbook", ROOT / "results"
 VIEW = "application/vnd.jupyter.widget-view+json"
-READS_RESULTS = re.compile(r"\bread_records?\(|\brecorded\(|\breported\(|\bcorrect\(|\bstudy_(records|path)\(|\bladder(_table|_plot)?\(|results_dir\(\) / .(study|ladder)")
-READS_TEACHER = re.compile(r"minilm-movies")
+READS = {  # folder under results/ -> what in a chapter's code says that it reads there
+    "ladder": re.compile(r"\bread_records?\(|\brecorded\(|\breported\(|\bcorrect\(|\bladder(_table|_plot)?\(|results_dir\(\) / .ladder"),
+    "study": re.compile(r"\bstudy_(records|path)\(|results_dir\(\) / .study"),
+    "teacher": re.compile(r"minilm-movies|\bladder(_table|_plot)?\("),
+}
 PROGRESS = re.compile(r"\d+%\|.*?\|")
 
 
@@ -72,10 +75,7 @@ def digest(nb, lib=LIB, results=RESULTS):
     seen = modules_reached(code, lib)
     parts = [code] + [f"{name}\n{seen[name]}" for name in sorted(seen)]
     acts = "\n".join(source for source in code_of(nb) if "#| eval: false" not in source)  # what Colab needs names results/ too
-    if READS_RESULTS.search(acts):
-        parts.append(results_hash(results))
-    elif READS_TEACHER.search(acts):
-        parts.append(results_hash(results / "teacher"))
+    parts += [results_hash(results / folder) for folder, pattern in READS.items() if pattern.search(acts)]
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]
 
 

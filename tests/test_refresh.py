@@ -13,7 +13,8 @@ def make_package(tmp_path):
     (lib / "low.py").write_text("x = 1\n")
     (lib / "high.py").write_text("def f():\n    from .low import x\n    return x\n")
     (lib / "other.py").write_text("from . import low\n")
-    (results / "a.json").write_text("1")
+    (results / "ladder").mkdir(), (results / "study").mkdir(), (results / "teacher").mkdir()
+    (results / "ladder" / "a.json").write_text("1")
     return lib, results
 
 
@@ -25,17 +26,15 @@ def test_digest_follows_code_modules_and_results(tmp_path):
     assert digests() == first and refresh.digest(chapter("from kdbook.high import f\nf() "), lib, results) != first[0]
     (lib / "other.py").write_text("from . import low  # not reached\n")
     assert digests() == first
-    (results / "b.json").write_text("2")
+    (results / "ladder" / "b.json").write_text("2")
     second = digests()
     assert second[0] == first[0] and second[1] != first[1], "only the chapter that reads results is stale"
-    (results / "teacher").mkdir()
-    taught, colab = chapter('annotate(rows, "minilm-movies")'), chapter('#| eval: false\nos.environ["KDBOOK_RESULTS"] = "results"')
-    before = [refresh.digest(nb, lib, results) for nb in (taught, colab)]
-    (results / "c.json").write_text("3")
-    assert [refresh.digest(nb, lib, results) for nb in (taught, colab)] == before
-    (results / "teacher" / "minilm-movies.json").write_text("4")
-    assert refresh.digest(taught, lib, results) != before[0] and refresh.digest(colab, lib, results) == before[1]
-    (results / "c.json").unlink(), (results / "teacher" / "minilm-movies.json").unlink()
+    chapters = dict(ladder=reads, study=chapter("study_records('noise')"), teacher=chapter('annotate(rows, "minilm-movies")'), none=chapter('#| eval: false\nread_records()'))
+    for folder in ("ladder", "study", "teacher"):  # a record makes stale who reads its folder, and nobody else
+        before = {name: refresh.digest(nb, lib, results) for name, nb in chapters.items()}
+        (results / folder / "c.json").write_text("3")
+        assert {name for name, nb in chapters.items() if refresh.digest(nb, lib, results) != before[name]} == {folder}
+        (results / folder / "c.json").unlink()
     (lib / "low.py").write_text("x = 2\n")  # reached through high.py, from inside a function
     third = digests()
     assert third[0] != second[0] and third[1] != second[1]
