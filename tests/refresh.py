@@ -22,6 +22,7 @@ READS = {  # folder under results/ -> what in a chapter's code says that it read
     "study": re.compile(r"\bstudy_(records|path)\(|results_dir\(\) / .study"),
     "teacher": re.compile(r"minilm-movies|\bladder(_table|_plot)?\("),
 }
+CELL_MARK = re.compile(r"^# %% .*\n", re.M)  # where nbdev says which cell a line is from: no behaviour
 PROGRESS = re.compile(r"\d+%\|.*?\|")
 
 
@@ -56,7 +57,7 @@ def modules_reached(code, lib=LIB):
         name = todo.pop()
         path = lib / f"{name}.py"
         if name not in seen and path.exists():
-            seen[name] = path.read_text(encoding="utf-8")
+            seen[name] = CELL_MARK.sub("", path.read_text(encoding="utf-8"))
             todo += imports(seen[name], relative=True)
     return seen
 
