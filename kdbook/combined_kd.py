@@ -98,6 +98,11 @@ class Rewriter(Callback):
 # %% ../nbs/combined_kd.ipynb #d6d3c93c
 def _moving(generator:nn.Module)->dict[str,Tensor]: return {name: p for name, p in generator.named_parameters() if p.requires_grad}
 
+def _place(adversary:Any, device:torch.device)->None:
+    "Teacher, generator and its optimiser's state to a device; the generator trains."
+    adversary._teacher.to(device); adversary._generator.to(device).train()
+    for state in adversary._optimizer.state.values(): state.update({k: v.to(device) for k, v in state.items() if k != "step"})
+
 def _over_processes(grad:Tensor)->Tensor:
     "The mean over processes: every one of them holds a generator, and they must stay the same."
     if torch.distributed.is_available() and torch.distributed.is_initialized():
@@ -125,10 +130,6 @@ class AdversarialStep(Rewriter):
         self._begin()
 
     def __repr__(self)->str: return "AdversarialStep(" + ", ".join(f"{k}={v!r}" for k, v in vars(self).items() if k[0] != "_") + ")"
-    def to(self, device:torch.device)->None:
-        "Teacher, generator and its optimiser's state to a device; the generator trains."
-        self._teacher.to(device); self._generator.to(device).train()
-        for state in self._optimizer.state.values(): state.update({k: v.to(device) for k, v in state.items() if k != "step"})
     def _begin(self)->None: self._gaps, self._played, self._optimizer = [], None, None if self._generator is None else torch.optim.AdamW(_moving(self._generator).values(), lr=self.lr)
     @property
     def gaps(self)->list[float]: "The gap before each of the generator's steps."; return self._gaps
@@ -164,7 +165,7 @@ def play(
     progress:Progress, # says whose turn it is
 )->dict[str,Tensor]: # the batch's inputs, rewritten
     "The generator's turn, where it is due, and then a rewritten batch for the student's."
-    adversary.to(batch["input_ids"].device)
+    _place(adversary, batch["input_ids"].device)
     words = [len(model.get_input_embeddings().weight) for model in (getattr(student, "module", student), adversary._teacher)]
     if words[0] != words[1]: raise ValueError(f"student and teacher must share a vocabulary, but they have {words[0]} and {words[1]} words")
     if adversary.starting(progress):  # the same recipe may be run twice

@@ -299,8 +299,7 @@ def attack(
     Raises `ValueError` for rows without text or label, and for a budget that cannot hold a single query."""
     for name in ("text", "label"):
         if name not in dataset.column_names: raise ValueError(f"an attack needs the column {name!r}, but the rows have {dataset.column_names}")
-    if max_queries < 1: raise ValueError(f"max_queries must be >= 1, got {max_queries}")
-    if candidates < 1: raise ValueError(f"candidates must be >= 1, got {candidates}")
+    if min(max_queries, candidates) < 1: raise ValueError(f"max_queries and candidates must be >= 1, got {max_queries} and {candidates}")
     if not -1 <= similarity <= 1: raise ValueError(f"similarity must be in [-1, 1], got {similarity}")
     wrong = [label for label in dataset["label"] if not isinstance(label, int) or label < 0]
     if wrong: raise ValueError(f"an attack needs class labels 0, 1, ...; found {wrong[0]!r}")

@@ -272,6 +272,7 @@ class MaskedLM:
         if not where.any(): where[:, 0] = True  # a batch needs a hole; its first token is special and soon forgotten
         return Loss(label_loss(student(covered, batch["attention_mask"], where), bare.targets(batch["input_ids"][where])))
 
+# %% ../nbs/words.ipynb #d06eb0d6
 def warm_up(
     generator:MaskedGenerator, # left untouched
     dataset:"datasets.Dataset", # rows with `text`; labels are not read
