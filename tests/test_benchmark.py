@@ -62,7 +62,7 @@ def test_every_method_has_the_budget_of_its_setting(name, method):
 
 @pytest.mark.parametrize("name, method", [(s, method) for s in m.TIMES for method in AS_LONG])
 def test_a_method_that_takes_anothers_time_does_so(name, method):
-    "Its updates are the measured ratio of the two methods' costs, to an epoch and a tenth; it is validated about as often as all others."
+    "Its updates are the measured ratio of the two methods' costs, to an epoch and a tenth; it is validated as often as all others, and less than twice as often."
     setting = b.SETTINGS[name]
     key, other = {"annealing_as_long": ("combined", "combined_kd")}.get(method, (method.removesuffix("_as_long"), "glitter"))
     if key not in m.TIMES[name]: pytest.skip("not run in this setting")
@@ -71,7 +71,8 @@ def test_a_method_that_takes_anothers_time_does_so(name, method):
     ratio = json.loads((ROOT / "results" / "study" / "cost" / f"{name}.json").read_text())["ratio"]
     measured = ratio[other] / ratio["annealing_kd" if key == "combined" else key]
     assert abs(first.epochs - measured * plain) <= max(1, .1 * first.epochs)
-    assert abs(-(-first.epochs // first.validate_every) - min(plain, first.epochs)) <= plain // 4 + 1
+    looks = -(-first.epochs // first.validate_every)
+    assert min(plain, first.epochs) <= looks < 2 * plain  # whole epochs between looks; what is left over is to this method's advantage
 
 
 def test_two_stage_methods_split_the_budget_alike():
