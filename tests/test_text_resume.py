@@ -10,6 +10,7 @@ from kdbook.training import Recipe, fit
 from test_glitter import pooled
 from test_swa import Kill
 from test_training import forked, in_new_process, same
+from test_two_processes import two_processes
 from tiny_text import bert, generator, rows
 
 
@@ -44,7 +45,7 @@ def test_a_killed_run_goes_on_bit_for_bit(tmp_path, name):
     assert same(whole["weights"], killed["weights"]) and same(whole["memory"], killed["memory"])
 
 
-def one_of_two(rank, name, folder, port):
+def one_of_two(rank, folder, port, name):
     os.environ.update(RANK=rank, LOCAL_RANK=rank, WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=port, ACCELERATE_USE_CPU="true")
     torch.set_num_threads(1)
     student, recipe, data = case(name)
@@ -54,14 +55,7 @@ def one_of_two(rank, name, folder, port):
     torch.distributed.destroy_process_group()
 
 
-def two_processes(name, folder, port):
-    import accelerate, datasets  # noqa: F401
-    from threading import Thread
-    codes = {}
-    threads = [Thread(target=lambda r=r: codes.__setitem__(r, forked(one_of_two, r, name, folder, port))) for r in "01"]
-    for t in threads: t.start()
-    for t in threads: t.join()
-    assert codes == {"0": 0, "1": 0}, codes
+def two_of_them(folder, port, name): two_processes(folder, port, name, one_of_two)
 
 
 @pytest.mark.skipif(not hasattr(os, "fork") or not torch.distributed.is_available(), reason="needs fork and torch.distributed")
@@ -71,7 +65,7 @@ def test_two_processes_stay_together(tmp_path, name):
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]
-    in_new_process("two_processes", name, tmp_path, port, module="test_text_resume")
+    in_new_process("two_of_them", tmp_path, port, name, module="test_text_resume")
     ranks = [torch.load(tmp_path / f"rank{r}.pt", weights_only=True) for r in "01"]
     assert same(ranks[0]["weights"], ranks[1]["weights"])
     if name == "combined": assert same(ranks[0]["memory"], ranks[1]["memory"])

@@ -51,12 +51,12 @@ def one_of_two(rank, folder, port, name):
     torch.distributed.destroy_process_group()
 
 
-def two_processes(folder, port, name):
+def two_processes(folder, port, name, work=one_of_two):
     "What `accelerate launch --cpu --num_processes 2` does, without importing everything twice."
     import accelerate, datasets  # noqa: F401
     from threading import Thread
     codes = {}
-    threads = [Thread(target=lambda r=r: codes.__setitem__(r, forked(one_of_two, r, folder, port, name))) for r in "01"]
+    threads = [Thread(target=lambda r=r: codes.__setitem__(r, forked(work, r, folder, port, name))) for r in "01"]
     for t in threads: t.start()
     for t in threads: t.join()
     assert codes == {"0": 0, "1": 0}, codes
