@@ -1,0 +1,221 @@
+"""Kronecker products against dense ones, KroneckerBERT through Hugging Face's own doors, and the two stages."""
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+import transformers
+from hypothesis import given, settings, strategies as st
+from torch import nn
+
+from kdbook import kronecker as kr, kronecker_bert as kb
+from kdbook.distillation import Rows
+from kdbook.training import Progress, fit
+from test_training import same
+from tiny_text import bert, rows
+
+DIVISORS = st.sampled_from([1, 2, 3, 4, 5, 6])
+SMALL = {"*.attention.self.*": (4, 8), "*.attention.output.dense": (4, 8), "*.intermediate.dense": (8, 2), "*.layer.*.output.dense": (2, 8), "*word_embeddings": (40, 4)}
+HEADS = (transformers.BertModel, transformers.BertForSequenceClassification, transformers.BertForMaskedLM)
+AUTO = dict(zip(HEADS, (transformers.AutoModel, transformers.AutoModelForSequenceClassification, transformers.AutoModelForMaskedLM)))
+
+
+@st.composite
+def weights(draw):
+    "A weight, the shape of A, and a rank that they allow."
+    m1, n1, m2, n2 = (draw(DIVISORS) for _ in range(4))
+    rank = draw(st.integers(1, min(m1 * n1, m2 * n2)))
+    g = torch.Generator().manual_seed(draw(st.integers(0, 10_000)))
+    return torch.randn(m1 * m2, n1 * n2, generator=g, dtype=torch.float64), (m1, n1), rank
+
+
+def by_entries(a, b):
+    "(A (x) B)[i*m2 + p, j*n2 + q] = A[i, j] B[p, q], entry by entry."
+    (m1, n1), (m2, n2) = a.shape, b.shape
+    out = torch.zeros(m1 * m2, n1 * n2, dtype=a.dtype)
+    for i in range(m1):
+        for j in range(n1):
+            for p in range(m2):
+                for q in range(n2): out[i * m2 + p, j * n2 + q] = a[i, j] * b[p, q]
+    return out
+
+
+@settings(max_examples=100, deadline=None)
+@given(weights())
+def test_nearest_against_a_full_svd(case):
+    w, shape, rank = case
+    factors, errors = kr.nearest_kronecker(w, shape, rank), kr.kronecker_error(w, shape)
+    whole = sum(by_entries(a, b) for a, b in zip(*factors))
+    torch.testing.assert_close(factors.product(), whole)
+    s = torch.linalg.svdvals(kr.rearranged(w, shape))
+    torch.testing.assert_close((w - whole).norm().square(), s[rank:].square().sum(), atol=1e-9, rtol=1e-7)
+    torch.testing.assert_close(errors[rank] * w.norm(), (w - whole).norm(), atol=1e-6, rtol=1e-6)
+    torch.testing.assert_close(factors.a.flatten(1).norm(dim=1), factors.b.flatten(1).norm(dim=1))  # sqrt(sigma) on both
+
+
+@settings(max_examples=60, deadline=None)
+@given(weights(), st.integers(0, 3), st.booleans())
+def test_every_way_of_multiplying(case, batch, with_bias):
+    "Empty batches too; values and all gradients."
+    w, shape, rank = case
+    g = torch.Generator().manual_seed(1)
+    x, bias = torch.randn(batch, 2, w.shape[1], generator=g, dtype=torch.float64), torch.randn(len(w), generator=g, dtype=torch.float64) if with_bias else None
+    factors = kr.Factors(*(f.requires_grad_() for f in kr.nearest_kronecker(w, shape, rank)))
+    x.requires_grad_()
+    expected = nn.functional.linear(x, factors.product(), bias)
+    grads = torch.autograd.grad(expected.square().sum(), (x, *factors))
+    for way in kr._WAYS:
+        y = kr.kronecker_linear(x, factors, bias, way)
+        torch.testing.assert_close(y, expected)
+        for mine, theirs in zip(torch.autograd.grad(y.square().sum(), (x, *factors)), grads): torch.testing.assert_close(mine, theirs)
+
+
+@settings(max_examples=50, deadline=None)
+@given(*(DIVISORS for _ in range(4)))
+def test_flops_against_counting(m1, n1, m2, n2):
+    product = lambda m, k, n: m * n * (2 * k - 1)  # of m x k with k x n
+    assert kr.flops((m1, n1), (m2, n2)) == dict(b=product(m2, n2, n1) + product(m2, n1, m1), a=product(n2, n1, m1) + product(m2, n2, m1))
+
+
+def test_the_paper_stacks_columns_and_nothing_changes():
+    w = torch.randn(12, 20, dtype=torch.float64)
+    columns = torch.stack([w[i * 3:i * 3 + 3, j * 4:j * 4 + 4].T.flatten() for j in range(5) for i in range(4)])  # row i + j*m1
+    u, s, v = torch.linalg.svd(columns, full_matrices=False)
+    a, b = s[0].sqrt() * u[:, 0].view(5, 4).T, s[0].sqrt() * v[0].view(4, 3).T
+    torch.testing.assert_close(by_entries(a, b), kr.nearest_kronecker(w, (4, 5)).product())
+    assert torch.linalg.matrix_rank(kr.rearranged(by_entries(a, b), (4, 5))) == 1
+
+
+def test_half_precision_and_views():
+    layer = nn.Linear(24, 18).bfloat16()
+    mine = kr.KroneckerLinear.from_dense(layer, (6, 4), 2)
+    assert mine(torch.randn(3, 24).bfloat16()).dtype == mine.a.dtype == torch.bfloat16
+    x = torch.randn(24, 7).T  # not contiguous
+    mine = mine.float()
+    torch.testing.assert_close(mine(x), mine.to_dense()(x), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("entry, says", [((5, 2), "m1=5 does not divide 32, a side of the 32x16 weight: take one of 1, 2, 4, 8, 16, 32"),
+                                         ((4, 3), "n1=3 does not divide 16"), ((4, 2, 9), "rank must be in 1..8"), ((4, 2, 0), "got 0"), ((0, 2), "m1=0")])
+def test_wrong_shapes_name_the_layer_and_the_way_out(entry, says):
+    with pytest.raises(ValueError, match="intermediate") as e: kr.kroneckerize(bert(), {"*.intermediate.dense": entry})
+    assert says in str(e.value)
+
+
+def test_wrong_specs():
+    for spec, says in (({}, "empty"), ({"*.nothing": (2, 2)}, "means no"), ({"*LayerNorm": (2, 2)}, "LayerNorm"), ("kronecker-bert-5", "kronecker-bert-8")):
+        with pytest.raises(ValueError, match=says): kr.kroneckerize(bert(), spec)
+    with pytest.raises(ValueError, match="max_norm"): kr.kroneckerize(nn.Sequential(nn.Embedding(8, 4, max_norm=1.)), {"0": (8, 2)})
+
+
+@pytest.mark.parametrize("kind", HEADS)
+def test_the_exact_model_is_the_model(kind):
+    "All products: the same outputs, through saving and the Auto classes."
+    dense = bert(kind=kind)
+    exact = {"*.attention.self.*": (4, 4, 16), "*.intermediate.dense": (8, 4, 16), "*word_embeddings": (40, 4, 4)}
+    small, ids = kr.kroneckerize(dense, exact), torch.tensor([[1, 9, 33, 2], [1, 5, 2, 0]])
+    torch.testing.assert_close(small(input_ids=ids)[0], dense(input_ids=ids)[0], atol=1e-4, rtol=1e-3)
+    assert not small.training and all(p.requires_grad for p in small.parameters())
+
+
+@pytest.mark.parametrize("kind", HEADS)
+def test_saved_and_loaded(kind, tmp_path):
+    small = kr.kroneckerize(bert(kind=kind), SMALL)
+    small.save_pretrained(tmp_path)
+    assert not list(tmp_path.glob("*.bin")) and not list(tmp_path.glob("*.py"))
+    loaded, report = AUTO[kind].from_pretrained(tmp_path, output_loading_info=True)
+    assert not report["missing_keys"] and not report["unexpected_keys"] and type(loaded) is type(small)
+    ids = torch.tensor([[1, 9, 33, 2]])
+    torch.testing.assert_close(loaded.eval()(input_ids=ids)[0], small(input_ids=ids)[0], atol=1e-5, rtol=1e-5)
+    if kind is HEADS[2]:
+        for model in (small, loaded): assert model.cls.predictions.decoder.a is model.bert.embeddings.word_embeddings.a
+
+
+FIRST = "import kdbook.kronecker"
+ORDERS = (f"{FIRST}; from transformers import AutoModelForSequenceClassification as Auto", f"from transformers import AutoModelForSequenceClassification as Auto; {FIRST}",
+          f"{FIRST}; from transformers import AutoConfig; AutoConfig.from_pretrained(sys.argv[1]); from transformers import AutoModelForSequenceClassification as Auto",
+          f"{FIRST}; from transformers import AutoTokenizer, BertModel, pipeline, AutoModelForSequenceClassification as Auto")
+
+
+@pytest.mark.parametrize("line", ORDERS)
+def test_a_reader_needs_one_import(line, tmp_path):
+    "Before or after transformers, whatever is imported of it first; nothing is asked about remote code."
+    kr.kroneckerize(bert(), SMALL).save_pretrained(tmp_path)
+    code = f"import sys; {line}; print(type(Auto.from_pretrained(sys.argv[1])).__name__)"
+    run = subprocess.run([sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True)
+    assert run.stdout.strip() == "KroneckerBertForSequenceClassification", run.stderr[-2000:]
+
+
+def test_it_needs_no_transformers():
+    code = "import sys; sys.modules['transformers'] = None\nimport torch\nfrom kdbook import kronecker\nprint(kronecker.KroneckerLinear(8, 8, (2, 2))(torch.ones(1, 8)).shape)"
+    assert "torch.Size([1, 8])" in subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+
+
+def test_fresh_weights_and_frozen_ones():
+    torch.manual_seed(0)
+    config = kb.KroneckerBertConfig(kronecker=kb.bert_spec(bert().config, (4, 4), (4, 2), 4), **{k: v for k, v in bert().config.to_dict().items() if k != "model_type"})
+    table = kb.KroneckerBertModel(config).embeddings.word_embeddings
+    assert torch.isfinite(table.a).all() and table.factors.product().std() > .1
+    frozen = bert(); frozen.bert.embeddings.position_embeddings.weight.requires_grad_(False)
+    assert not kr.kroneckerize(frozen, SMALL).bert.embeddings.position_embeddings.weight.requires_grad
+
+
+@pytest.mark.parametrize("spec", [SMALL, {"*.intermediate.dense": (32, 1, 3)}])
+def test_onnx(spec, tmp_path):
+    "Exported and run elsewhere: the same logits, for batches of another size too."
+    runtime = pytest.importorskip("onnxruntime"); pytest.importorskip("onnxscript")
+    small, path = kr.kroneckerize(bert(), spec), tmp_path / "model.onnx"
+    def example(n, length):
+        mask = torch.ones(n, length, dtype=torch.long); mask[-1, -1] = 0
+        return {"input_ids": torch.randint(4, 40, (n, length)), "attention_mask": mask}
+    free = {0: torch.export.Dim.DYNAMIC, 1: torch.export.Dim.DYNAMIC}
+    torch.onnx.export(small, kwargs=example(2, 7), f=path, dynamo=True, input_names=["input_ids", "attention_mask"], output_names=["logits"], dynamic_shapes={"input_ids": free, "attention_mask": free}, verbose=False)
+    session = runtime.InferenceSession(str(path))
+    for n, length in ((2, 7), (5, 4)):
+        inputs = example(n, length)
+        logits, = session.run(["logits"], {k: v.numpy() for k, v in inputs.items()})
+        np.testing.assert_allclose(logits, small(**inputs).logits.detach().numpy(), atol=1e-4)
+
+
+@pytest.mark.parametrize("make", [lambda t: kb.recipe(t, 4, 1e-3, 8), lambda t: kb.pretraining_recipe(t, 4, 1e-3, 8, mask_rate=.3)])
+def test_a_stage_resumes_bit_for_bit(make, tmp_path, monkeypatch):
+    data = rows(32)
+    teacher = bert(kind=HEADS[2] if make(None).stages[0].name == "pre-training" else HEADS[1])
+    whole = fit(kr.kroneckerize(teacher, SMALL), make(teacher), data, progress=False)
+    class Cut(Exception): "The power fails."
+    objective = type(make(teacher).stages[0].objective)
+    def failing(self, student, batch, progress, call=objective.__call__):
+        if progress.epoch == 2: raise Cut
+        return call(self, student, batch, progress)
+    with monkeypatch.context() as m, pytest.raises(Cut):
+        m.setattr(objective, "__call__", failing)
+        fit(kr.kroneckerize(teacher, SMALL), make(teacher), data, checkpoint=tmp_path, progress=False)
+    same(whole.student, fit(kr.kroneckerize(teacher, SMALL), make(teacher), data, checkpoint=tmp_path, progress=False).student)
+
+
+def test_hooks_are_gone_even_after_an_error():
+    teacher = bert()
+    with pytest.raises(RuntimeError):
+        with kb.watched(teacher): raise RuntimeError
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in teacher.modules())
+
+
+def test_the_losses_against_a_loop():
+    "Sentence by sentence, without padding."
+    teacher, student = bert(layers=2), bert(layers=2, seed=1)
+    batch = Rows(rows(6), ("label",)).batch(list(range(6)))
+    def look(model, inputs):
+        with torch.no_grad(), kb.watched(model) as kept: model(**inputs)
+        return kb.inside(kept, 2)
+    inputs = {k: batch[k] for k in ("input_ids", "attention_mask")}
+    found = kb.intermediate_losses(look(student, inputs), look(teacher, inputs), batch["attention_mask"])
+    squares = {"embedding": [], "attention 0": [], "attention 1": [], "ffn 0": [], "ffn 1": []}
+    for ids, mask in zip(*inputs.values()):
+        s, t = (look(model, {"input_ids": ids[mask.bool()][None]}) for model in (student, teacher))
+        squares["embedding"].append((s.embedding - t.embedding).square().flatten())
+        for i in range(2):
+            squares[f"attention {i}"].append((s.scores[i] - t.scores[i]).square().flatten())
+            squares[f"ffn {i}"].append((s.ffn[i] - t.ffn[i]).square().flatten())
+    mean = {k: torch.cat(v).mean() for k, v in squares.items()}
+    for name in found: torch.testing.assert_close(found[name], sum(v for k, v in mean.items() if k.startswith(name)), atol=1e-4, rtol=1e-4)
