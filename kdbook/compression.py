@@ -75,7 +75,7 @@ WAYS = {  # title, whether stage one comes first, the objective of stage two, th
     "no_distillation": ("stage one, then labels alone", True, "labels", "labels"),
     "hinton": ("plain KD", False, "hinton", "labels"), "alone": ("labels alone", False, "labels", "labels"),
 }
-RATES = {"layers": (1e-4, 3e-4, 1e-3), "labels": (1e-4, 3e-4, 1e-3), "plain": (1e-3, 3e-3)}
+RATES = {"layers": (1e-4, 3e-4, 1e-3, 3e-3), "labels": (1e-4, 3e-4, 1e-3), "plain": (3e-4, 1e-3, 3e-3)}
 EPOCHS = 4  # of the task's 2,000 rows
 
 def compression_recipe(
