@@ -12,6 +12,7 @@ from .benchmark import ladder_table, recorded, run_ladder, train_teacher, write_
 from .methods import LADDERS, METHODS, SETTINGS, setting_of, settings_for
 from .data import fetch
 from .studies import STUDIES, run_study
+import kdbook.compression  # adds its studies
 
 # %% ../nbs/command_line.ipynb #327bd559
 def arguments()->"argparse.ArgumentParser":

@@ -232,12 +232,13 @@ def _time_encoders()->list[dict]:
 
 def _peak(folder:str)->int|None: # megabytes; None where the system does not say
     "Peak memory of a fresh process that loads a model and runs it once, above what it had before."
-    code = ("import sys, torch, kdbook.kronecker; from transformers import AutoModel, BertModel; from kdbook.kronecker_bert import BertModel as _\\n"
-            "said = lambda key: int(next(l for l in open('/proc/self/status') if l.startswith(key)).split()[1])\\n"
-            "before = said('VmRSS'); model = AutoModel.from_pretrained(sys.argv[1]).eval()\\n"
-            "with torch.no_grad(): model(torch.randint(1000, 2000, (32, 128)))\\n"
-            "print((said('VmHWM') - before) // 1024)")
-    run = subprocess.run([sys.executable, "-c", code.replace("\\n", "\n"), folder], capture_output=True, text=True)
+    code = """import sys, torch, kdbook.kronecker_bert
+from transformers import AutoModel
+said = lambda key: int(next(line for line in open('/proc/self/status') if line.startswith(key)).split()[1])
+before, model = said('VmRSS'), AutoModel.from_pretrained(sys.argv[1]).eval()
+with torch.no_grad(): model(torch.randint(1000, 2000, (32, 128)))
+print((said('VmHWM') - before) // 1024)"""
+    run = subprocess.run([sys.executable, "-c", code, folder], capture_output=True, text=True)
     return int(run.stdout.split()[-1]) if run.returncode == 0 else None
 
 # %% ../nbs/compression.ipynb #ede8abb9
@@ -252,6 +253,7 @@ def _time_students()->list[dict]:
         found += [dict(name=name, rows=rows, parameters=sum(p.numel() for p in model.parameters()), ratio=round(seconds["MiniLM"] / seconds[name], 2)) for name, model in models.items()]
     return found
 
+# %% ../nbs/compression.ipynb #583a73fa
 TIMED = {"layers": _time_layers, "ways": _time_ways, "encoders": _time_encoders, "students": _time_students}
 
 def speed_parts(seeds:int)->dict[tuple,int]: # arguments of `speed_part` -> how long it is

@@ -76,6 +76,7 @@ class KroneckerBertForMaskedLM(_Compressed, BertForMaskedLM):
         self._tied_weights_keys = {f"cls.predictions.decoder.{n}": f"bert.embeddings.word_embeddings.{n}" for n in names} | {"cls.predictions.decoder.bias": "cls.predictions.bias"}
         super().post_init()
 
+# %% ../nbs/kronecker_bert.ipynb #7eb5454b
 _CLASSES = {BertModel: (KroneckerBertModel, AutoModel), BertForSequenceClassification: (KroneckerBertForSequenceClassification, AutoModelForSequenceClassification),
             BertForMaskedLM: (KroneckerBertForMaskedLM, AutoModelForMaskedLM)}
 for _mine, _auto in _CLASSES.values(): _auto.register(KroneckerBertConfig, _mine)
@@ -104,6 +105,7 @@ class Inside(NamedTuple):
     scores:tuple[Tensor,...] # per layer (batch, heads, seq_len, seq_len), before the softmax
     ffn:tuple[Tensor,...] # per layer (batch, seq_len, hidden_size), after the norm that follows the feed-forward part
 
+# %% ../nbs/kronecker_bert.ipynb #b86d56b0
 @contextmanager
 def watched(
     model:nn.Module, # a BERT or KroneckerBERT, wrapped for several processes or not
@@ -122,6 +124,7 @@ def watched(
             hooks.callback(handle.remove)
         yield kept
 
+# %% ../nbs/kronecker_bert.ipynb #524bcb18
 def inside(
     kept:dict[str,Tensor], # what a forward pass within `watched` left
     heads:int, # attention heads per layer
@@ -201,6 +204,7 @@ class PretrainingKD(_FromInside):
         losses = self.losses(kept, theirs, inputs) | {"masked_lm": label_loss(logits, batch["input_ids"][where])}
         return Loss(sum(losses.values()), {name: value.detach() for name, value in losses.items()})
 
+# %% ../nbs/kronecker_bert.ipynb #82295f71
 class TaskKD(_FromInside):
     "Stage two: the teacher's layers, its logits, and the labels, weight 1 each (Tahaei et al. 2022); the logit loss is our reconstruction."
     requires, rows = ("label",), "all"
@@ -240,6 +244,7 @@ def recipe(
     "Stage two, for a student that comes from `kroneckerize(teacher, spec)` and, where there was a stage one, `with_encoder`."
     return Recipe((Stage(TaskKD(teacher, temperature, bf16), epochs, lr, batch_size, name="Kronecker, task"),))
 
+# %% ../nbs/kronecker_bert.ipynb #bd5f352c
 def with_encoder(
     student:nn.Module, # for the task, changed in place; its head, and its pooler where `pretrained` has none, stay
     pretrained:nn.Module, # from stage one, of the same spec

@@ -9,7 +9,7 @@ import refresh
 ROOT = refresh.ROOT
 CHAPTERS = refresh.chapters()
 each_chapter = pytest.mark.parametrize("path", CHAPTERS, ids=lambda path: path.stem)
-FREE_TO_IMPORT = {"__init__", "__main__", "_modidx", "plots", "widgets"}
+FREE_TO_IMPORT = {"__init__", "__main__", "_modidx", "plots", "widgets", "kronecker_bert"}
 HERE = [str(p) for p in (ROOT, Path.home(), Path(tempfile.gettempdir()).resolve()) if len(str(p)) > 3]
 PLACES = re.compile("|".join([*map(re.escape, HERE), r"/home/", r"/Users/", r"[A-Z]:\\Users", "site-packages", r"ipykernel_\d+", r"\bat 0x[0-9a-f]{6,}"]))
 HEAVY = "transformers datasets accelerate matplotlib ipywidgets IPython pandas sklearn scipy tensorly fastcore nbdev".split()
@@ -119,7 +119,7 @@ def test_modules_import_nothing_heavier_than_torch():
 
 def test_imports_point_the_right_way():
     "Who may import whom: techniques and what lies under them never import plots, widgets, benchmark or hf."
-    upper = {"plots", "widgets", "benchmark", "studies", "hf", "__main__"}
+    upper = {"plots", "widgets", "benchmark", "studies", "compression", "hf", "__main__"}
     for path in (ROOT / "kdbook").glob("*.py"):
         if path.stem in upper | {"_modidx"}:
             continue

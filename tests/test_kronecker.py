@@ -11,8 +11,7 @@ from torch import nn
 
 from kdbook import kronecker as kr, kronecker_bert as kb
 from kdbook.distillation import Rows
-from kdbook.training import Progress, fit
-from test_training import same
+from kdbook.training import Progress
 from tiny_text import bert, rows
 
 DIVISORS = st.sampled_from([1, 2, 3, 4, 5, 6])
@@ -178,27 +177,23 @@ def test_onnx(spec, tmp_path):
         np.testing.assert_allclose(logits, small(**inputs).logits.detach().numpy(), atol=1e-4)
 
 
-@pytest.mark.parametrize("make", [lambda t: kb.recipe(t, 4, 1e-3, 8), lambda t: kb.pretraining_recipe(t, 4, 1e-3, 8, mask_rate=.3)])
-def test_a_stage_resumes_bit_for_bit(make, tmp_path, monkeypatch):
-    data = rows(32)
-    teacher = bert(kind=HEADS[2] if make(None).stages[0].name == "pre-training" else HEADS[1])
-    whole = fit(kr.kroneckerize(teacher, SMALL), make(teacher), data, progress=False)
-    class Cut(Exception): "The power fails."
-    objective = type(make(teacher).stages[0].objective)
-    def failing(self, student, batch, progress, call=objective.__call__):
-        if progress.epoch == 2: raise Cut
-        return call(self, student, batch, progress)
-    with monkeypatch.context() as m, pytest.raises(Cut):
-        m.setattr(objective, "__call__", failing)
-        fit(kr.kroneckerize(teacher, SMALL), make(teacher), data, checkpoint=tmp_path, progress=False)
-    same(whole.student, fit(kr.kroneckerize(teacher, SMALL), make(teacher), data, checkpoint=tmp_path, progress=False).student)
-
-
 def test_hooks_are_gone_even_after_an_error():
     teacher = bert()
     with pytest.raises(RuntimeError):
         with kb.watched(teacher): raise RuntimeError
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in teacher.modules())
+
+
+def test_only_holes_are_scored():
+    "Stage one's masked-LM loss, against all logits; the same draw of holes."
+    teacher, student = bert(kind=HEADS[2]), kr.kroneckerize(bert(kind=HEADS[2], seed=1), SMALL)
+    batch = Rows(rows(6), ()).batch(list(range(6)))
+    torch.manual_seed(3); loss = kb.PretrainingKD(teacher, .4)(student, batch, Progress())
+    torch.manual_seed(3); covered, where = kb.mask_tokens(batch["input_ids"], batch["attention_mask"], student.tokenizer, .4)
+    logits = student(input_ids=covered, attention_mask=batch["attention_mask"]).logits
+    expected = nn.functional.cross_entropy(logits[where], batch["input_ids"][where])
+    torch.testing.assert_close(loss.parts["masked_lm"], expected.detach())
+    torch.testing.assert_close(loss.total.detach(), sum(loss.parts.values()))
 
 
 def test_the_losses_against_a_loop():
