@@ -70,12 +70,11 @@ def _pretrained(size:str)->nn.Module:
     return student
 
 # %% ../nbs/compression.ipynb #4249ea63
-WAYS = {  # title, whether stage one comes first, the objective of stage two, the search that its rate comes from
-    "both": ("both stages", True, "layers", "layers"), "no_stage_one": ("no stage one", False, "layers", "layers"),
-    "no_distillation": ("stage one, then labels alone", True, "labels", "labels"),
-    "hinton": ("plain KD", False, "hinton", "labels"), "alone": ("labels alone", False, "labels", "labels"),
+WAYS = {  # title, whether stage one comes first, the objective of stage two
+    "both": ("both stages", True, "layers"), "no_stage_one": ("no stage one", False, "layers"), "no_distillation": ("stage one, then labels alone", True, "labels"),
+    "hinton": ("plain KD", False, "hinton"), "alone": ("labels alone", False, "labels"),
 }
-RATES = {"layers": (1e-4, 3e-4, 1e-3, 3e-3), "labels": (1e-4, 3e-4, 1e-3), "plain": (3e-4, 1e-3, 3e-3)}
+RATES = {"layers": (3e-4, 1e-3, 3e-3), "labels": (1e-4, 3e-4, 1e-3), "plain": (3e-4, 1e-3, 3e-3)}
 EPOCHS = 4  # of the task's 2,000 rows
 
 def compression_recipe(
@@ -97,7 +96,7 @@ def _first_student(size:str, way:str, seed:int)->nn.Module:
     small = _small(movie_teacher(), size)
     return with_encoder(small, _pretrained(size)) if WAYS[way][1] else small
 
-def _family(size:str, way:str)->str: return "plain" if size in PLAIN else WAYS[way][3]
+def _rates(size:str, way:str)->tuple[float,...]: return RATES["plain" if size in PLAIN else "layers" if WAYS[way][2] == "layers" else "labels"]
 
 def _trained(size:str, way:str, lr:float, seed:int)->dict[str,Any]:
     "Train one student on the rows of its seed; what a record says of it."
@@ -119,22 +118,21 @@ def rate_part(size:str, way:str, lr:float)->None:
     write_json(_trained(size, way, lr, SEARCH_SEEDS[0]), study_path("compression_rates", size, way, lr))
 
 def rate_parts(seeds:int)->dict[tuple,int]: # arguments of `rate_part` -> how long it is
-    "The searches: two for the 8 preset, which all compressed students share, and one for each plain student."
-    searched = [("kronecker-8", "both"), ("kronecker-8", "no_distillation"), *((size, "hinton") for size in PLAIN)]
-    return {(size, way, lr): 1 if size in PLAIN else 10 for size, way in searched for lr in RATES[_family(size, way)]}
+    "A search for each line of the comparison, but one for all Kronecker students by both stages: the 8 preset's."
+    searched = [*(("kronecker-8", way) for way in WAYS), ("low-rank", "both"), *((size, way) for size in PLAIN for way in ("hinton", "alone"))]
+    return {(size, way, lr): 1 if size in PLAIN else 10 for size, way in searched for lr in _rates(size, way)}
 
 def chosen_rate(
     size:str, # a key of SHAPES or PLAIN
     way:str, # a key of WAYS
 )->float:
     "The rate with the best validation score; the smaller one on a tie. Raises `FileNotFoundError` where the search has not been run."
-    family = _family(size, way)
-    searched = (size, "hinton") if family == "plain" else ("kronecker-8", "both" if family == "layers" else "no_distillation")
+    searched = "kronecker-8" if size in ("kronecker-4", "kronecker-21") else size
     def score(lr:float)->float:
-        path = study_path("compression_rates", *searched, lr)
-        if not path.exists(): raise FileNotFoundError(f"no search over rates: python -m kdbook study compression_rates")
+        path = study_path("compression_rates", searched, way, lr)
+        if not path.exists(): raise FileNotFoundError("no search over rates: python -m kdbook study compression_rates")
         return json.loads(path.read_text(encoding="utf-8"))["best"]["score"]
-    return max(RATES[family], key=lambda lr: (score(lr), -lr))
+    return max(_rates(size, way), key=lambda lr: (score(lr), -lr))
 
 # %% ../nbs/compression.ipynb #a77bcd35
 def compression_part(size:str, way:str, seed:int)->None:
