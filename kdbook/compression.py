@@ -7,8 +7,8 @@ __all__ = ['SHAPES', 'PLAIN', 'WAYS', 'RATES', 'EPOCHS', 'STUDIES', 'LAYERS', 'M
            'compression_recipe', 'rate_part', 'rate_parts', 'chosen_rate', 'compression_part', 'compression_parts',
            'speed_part', 'side_by_side', 'speed_parts']
 
-# %% ../nbs/compression.ipynb #d489c2fb
-import itertools, json, os, statistics, subprocess, sys, tempfile
+# %% ../nbs/compression.ipynb #b1d4a400
+import hashlib, itertools, json, os, statistics, subprocess, sys, tempfile
 from functools import lru_cache, partial
 from typing import Any, Callable
 import torch
@@ -20,7 +20,7 @@ from .evaluation import accuracy, nll
 from .kronecker import Factors, KroneckerLinear, Spec, Way, kronecker_linear, kroneckerize, way_for
 from .methods import SEARCH_SEEDS, SETTINGS, movie_teacher
 from .studies import STUDIES, study_path
-from .training import CrossEntropy, Hinton, Recipe, Stage, fit
+from .training import CrossEntropy, Hinton, Recipe, Stage, describe, fit
 
 # %% ../nbs/compression.ipynb #09e9049b
 SHAPES = {"kronecker-4": dict(attention=(2, 2), ffn=(4, 2), words=4), "kronecker-8": "kronecker-bert-8", "kronecker-21": "kronecker-bert-21", "low-rank": "low-rank"}
@@ -58,13 +58,15 @@ def _pretrained(size:str)->nn.Module:
     from safetensors.torch import load_file
     from kdbook.data import cache_dir
     from kdbook.kronecker_bert import pretraining_recipe
-    teacher, path = _masked_lm(), cache_dir() / "kronecker" / f"{size}-2-epochs.safetensors"
-    student = _small(teacher, size)
+    teacher = _masked_lm()
+    student, recipe = _small(teacher, size), pretraining_recipe(teacher, epochs=2, bf16=True)
+    key = hashlib.sha256(f"{student.config.kronecker} {describe(recipe)}".encode()).hexdigest()[:12]
+    path = cache_dir() / "kronecker" / f"{size}-{key}.safetensors"
     path.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(str(path) + ".lock"):  # two parts may want the same one
         if not path.exists():
             rows = _task("movies")[0]["train"].select_columns(["idx", "text"])
-            student = fit(student, pretraining_recipe(teacher, epochs=2, bf16=True), rows, seed=0, mixed_precision="bf16", progress=False).student
+            student = fit(student, recipe, rows, seed=0, mixed_precision="bf16", progress=False).student
             save_tensors({name: p.detach().contiguous() for name, p in student.named_parameters()}, path)
     student.load_state_dict(load_file(path), strict=False)
     return student

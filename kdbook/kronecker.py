@@ -61,23 +61,24 @@ def nearest_kronecker(
 )->Factors: # of the weight's type; A_r and B_r have equal norms, the largest products first
     "The nearest sum of Kronecker products in the Frobenius norm (Tahaei et al. 2022): singular vectors of `rearranged`, from the Gram matrix of its small side."
     m2, n2 = other_shape(tuple(weight.shape), shape_a, rank)
-    wide = rearranged(weight.detach(), shape_a).double()
+    if weight.is_meta: raise ValueError("the weight is on the meta device and has no values yet: load the model first")
+    wide = rearranged(weight.detach(), shape_a).cpu().double()
     tall = len(wide) > wide.shape[1]
     if tall: wide = wide.T
-    values, vectors = torch.linalg.eigh(wide @ wide.T)  # squared singular values, smallest first
-    root = values.flip(0)[:rank].clamp(min=0) ** .25
-    short = vectors.flip(1)[:, :rank]
-    long = (short.T @ wide) / root[:, None].clamp(min=1e-150)  # sqrt(sigma) v; zero where sigma is
-    a, b = (long, (short * root).T) if tall else ((short * root).T, long)
-    return Factors(a.reshape(rank, *shape_a).to(weight.dtype).contiguous(), b.reshape(rank, m2, n2).to(weight.dtype).contiguous())
+    short = torch.linalg.eigh(wide @ wide.T).eigenvectors.flip(1)[:, :rank].T  # largest singular value first
+    long = short @ wide
+    root = long.norm(dim=1, keepdim=True).sqrt()  # from the product, which is exact where the Gram matrix has rounded
+    a, b = short * root, long / root.clamp(min=1e-150)
+    if tall: a, b = b, a
+    return Factors(a.reshape(rank, *shape_a).to(weight).contiguous(), b.reshape(rank, m2, n2).to(weight).contiguous())
 
 # %% ../nbs/kronecker.ipynb #f353f579
 def kronecker_error(
     weight:Tensor, # (m, n)
     shape_a:tuple[int,int], # (m1, n1)
 )->Tensor: # (bound + 1,), float64: entry R is the relative error in the Frobenius norm with the best R products
-    "What every rank leaves over, from the singular values alone; nothing is decomposed."
-    wide = rearranged(weight.detach(), shape_a).double()
+    "What every rank leaves over, from the singular values alone; no factors are made."
+    wide = rearranged(weight.detach(), shape_a).cpu().double()
     if len(wide) > wide.shape[1]: wide = wide.T
     squares = torch.linalg.eigvalsh(wide @ wide.T).clamp(min=0)
     left = torch.cat([torch.zeros(1, dtype=squares.dtype), squares.cumsum(0)]).flip(0)
@@ -206,7 +207,7 @@ class KroneckerLinear(_Factored):
         bias:bool=True, # whether there is one
     ):
         super().__init__((out_features, in_features), shape_a, rank)
-        self.in_features, self.out_features = in_features, out_features
+        self.in_features, self.out_features, self.way = in_features, out_features, way_for(shape_a, self.b.shape[1:])
         self.bias = nn.Parameter(torch.empty(out_features)) if bias else None
         self.reset_parameters()
 
@@ -214,7 +215,7 @@ class KroneckerLinear(_Factored):
         "Random factors; the product's entries vary as those of a fresh `nn.Linear`."; self._spread((3 * self.in_features)**-.5)
         if self.bias is not None: nn.init.uniform_(self.bias, -self.in_features**-.5, self.in_features**-.5)
 
-    def forward(self, x:Tensor)->Tensor: "`kronecker_linear`."; return kronecker_linear(x, self.factors, self.bias)
+    def forward(self, x:Tensor)->Tensor: "`kronecker_linear`."; return kronecker_linear(x, self.factors, self.bias, self.way)
 
     @classmethod
     def from_dense(cls, layer:nn.Linear, shape_a:tuple[int,int], rank:int=1)->"KroneckerLinear":
@@ -222,9 +223,7 @@ class KroneckerLinear(_Factored):
         new = cls(layer.in_features, layer.out_features, shape_a, rank, layer.bias is not None)
         return _filled(new, nearest_kronecker(layer.weight, shape_a, rank)._asdict(), layer)
 
-    def to_dense(self)->nn.Linear:
-        "The same map, its weight made."
-        return _filled(nn.Linear(self.in_features, self.out_features, self.bias is not None), {"weight": self.factors.product()}, self)
+    def to_dense(self)->nn.Linear: "The same map, its weight made."; return _filled(nn.Linear(self.in_features, self.out_features, self.bias is not None), {"weight": self.factors.product()}, self)
 
 # %% ../nbs/kronecker.ipynb #3a5ed901
 class KroneckerEmbedding(_Factored):
@@ -244,10 +243,10 @@ class KroneckerEmbedding(_Factored):
     def reset_parameters(self)->None: "Random factors; the product's entries vary by 1, as those of `nn.Embedding`."; self._spread(1.)
     def forward(self, input_ids:Tensor)->Tensor: # (..., embedding_dim)
         "The rows that are asked for."
-        rank, rows, width = self.a.shape
-        found = F.embedding(input_ids[..., None] + rows * torch.arange(rank, device=input_ids.device), self.a.view(rank * rows, width))
-        if self.padding_idx is not None: found = torch.where((input_ids == self.padding_idx)[..., None, None], found.detach(), found)
-        return (found.transpose(-1, -2) @ self.b[:, 0]).flatten(-2)
+        rank, words, width = self.a.shape
+        found = F.embedding(input_ids[..., None] + words * torch.arange(rank, device=input_ids.device), self.a.view(rank * words, width))
+        rows = (found.transpose(-1, -2) @ self.b[:, 0]).flatten(-2)
+        return rows if self.padding_idx is None else torch.where((input_ids == self.padding_idx)[..., None], rows.detach(), rows)
 
     @classmethod
     def from_dense(cls, table:nn.Embedding, shape_a:tuple[int,int], rank:int=1)->"KroneckerEmbedding":
@@ -257,45 +256,58 @@ class KroneckerEmbedding(_Factored):
 
     def to_dense(self)->nn.Embedding: "The same table, made."; return nn.Embedding.from_pretrained(self.factors.product().detach(), freeze=False, padding_idx=self.padding_idx)
 
+# %% ../nbs/kronecker.ipynb #bd2b972e
+_DENSE = (nn.Linear, nn.Embedding)
+
+def _entry(name:str, layer:nn.Module, entry:Any)->tuple[int,...]:
+    "The entry of a layer, where it is a shape and the layer is one that can be replaced."
+    numbers = tuple(entry) if isinstance(entry, (tuple, list)) else ()
+    if len(numbers) not in (2, 3) or not all(isinstance(n, int) for n in numbers): raise ValueError(f"{name}: {entry!r} is no shape: give (m1, n1) or (m1, n1, rank), whole numbers")
+    if "weight" not in layer._parameters: raise ValueError(f"{name}: its weight is made by a parametrization: torch.nn.utils.parametrize.remove_parametrizations first")
+    return numbers
+
 # %% ../nbs/kronecker.ipynb #6e99baab
 Spec = dict[str, tuple[int, ...]]  # pattern of layer names -> (m1, n1) or (m1, n1, rank); the first pattern that fits a name counts
 
 def spec_layers(
     model:nn.Module, # any
     spec:Spec, # patterns as of a shell: "*" stands for anything
+    strict:bool=True, # False: a pattern may mean no layer
 )->dict[str,tuple[int,...]]: # name of each layer that is meant -> its entry
-    "Which layers a spec means. Raises `ValueError` for an empty spec, for a pattern that fits none, and for a layer of another kind."
+    "Which layers a spec means. Raises `ValueError` for an empty spec, an entry that is no shape, a pattern that fits none, and a layer of another kind."
     if not spec: raise ValueError('the spec is empty: {"*.dense": (16, 2)}, say, names what is to be compressed')
+    if isinstance(model, _DENSE): raise ValueError(f"the model is a layer itself: {'KroneckerLinear' if isinstance(model, nn.Linear) else 'KroneckerEmbedding'}.from_dense(model, shape_a)")
     found, used = {}, set()
     for name, layer in model.named_modules(remove_duplicate=False):
         pattern = next((p for p in spec if fnmatchcase(name, p)), None)
-        if pattern is None: continue
-        if isinstance(layer, (nn.Linear, nn.Embedding)): found[name] = tuple(spec[pattern]); used.add(pattern)
-        elif not list(layer.children()) and list(layer.parameters()):
-            raise ValueError(f"{pattern!r} means {name!r}, which is {type(layer).__name__}: only Linear and Embedding layers have Kronecker forms")
-    for pattern in spec:
+        if pattern is None or not name: continue
+        if isinstance(layer, _DENSE): found[name] = _entry(name, layer, spec[pattern]); used.add(pattern)
+        elif not list(layer.children()) and list(layer.parameters()) and not isinstance(layer, _Factored):
+            raise ValueError(f"{pattern!r} means {name!r}, which is {type(layer).__name__}: only Linear and Embedding layers have Kronecker forms; narrow the pattern")
+    for pattern in spec if strict else ():
         if pattern not in used:
-            names = [name for name, layer in model.named_modules() if isinstance(layer, (nn.Linear, nn.Embedding))]
+            names = [name for name, layer in model.named_modules() if isinstance(layer, _DENSE)]
             raise ValueError(f"{pattern!r} means no further Linear or Embedding layer of {type(model).__name__}; it has {', '.join(names[:12])}{', ...' if len(names) > 12 else ''}")
     return found
 
-# %% ../nbs/kronecker.ipynb #e5ec5533
+# %% ../nbs/kronecker.ipynb #99b546b2
 def replace_layers(
-    model:nn.Module, # changed in place
+    model:nn.Module, # changed in place, or not at all where an error is raised
     spec:Spec, # which layers, and their first factors
-    decompose:bool=True, # False: random factors, for weights that are loaded later
+    decompose:bool=True, # False: random factors, for weights that are loaded later; a pattern may then mean no layer
 )->nn.Module: # the same model
     "Put Kronecker layers in the place of dense ones. Layers that share a weight share its factors. Raises `ValueError` as `spec_layers` and `other_shape` do, naming the layer."
-    entries = {id(model.get_submodule(name).weight): (name, entry) for name, entry in spec_layers(model, spec).items()}
-    made, factors = {}, {}
-    for name, layer in list(model.named_modules(remove_duplicate=False)):
-        if not isinstance(layer, (nn.Linear, nn.Embedding)) or id(layer.weight) not in entries: continue
-        first, key = id(layer.weight) not in factors, id(layer.weight)
-        if id(layer) not in made: made[id(layer)] = _kronecker(layer, *entries[key], decompose and first)
-        new = _filled(made[id(layer)], {}, layer) if decompose else made[id(layer)]
-        new.a, new.b = factors.setdefault(key, (new.a, new.b))
+    entries, made, factors, new = {}, {}, {}, {}
+    for name, entry in spec_layers(model, spec, strict=decompose).items(): entries.setdefault(id(model.get_submodule(name).weight), (name, entry))
+    for name, layer in model.named_modules(remove_duplicate=False):
+        key = id(layer.weight) if isinstance(layer, _DENSE) else None
+        if key not in entries: continue
+        if id(layer) not in made: made[id(layer)] = _kronecker(layer, *entries[key], decompose and key not in factors)
+        new[name] = _filled(made[id(layer)], {}, layer) if decompose else made[id(layer)]
+        new[name].a, new[name].b = factors.setdefault(key, (new[name].a, new[name].b))
+    for name, layer in new.items():
         parent, _, child = name.rpartition(".")
-        setattr(model.get_submodule(parent), child, new)
+        setattr(model.get_submodule(parent), child, layer)
     return model
 
 # %% ../nbs/kronecker.ipynb #d47964ec
@@ -315,22 +327,29 @@ def _kronecker(layer:nn.Linear|nn.Embedding, name:str, entry:tuple[int,...], dec
 def kroneckerize(
     model:nn.Module, # any with Linear or Embedding layers; left untouched
     spec:Spec|str, # which layers, and their first factors; or, for a BERT, a name of `PRESETS`
-)->nn.Module: # a compressed copy: the nearest factors, everything else as it is
+)->nn.Module: # a compressed copy: the nearest factors, which are trained; everything else as it is
     """The compressed student of `model`. A Hugging Face BERT becomes a KroneckerBERT, which `save_pretrained` stores.
 
     Raises `ValueError` as `replace_layers` does, and for an unknown preset."""
-    if getattr(getattr(model, "config", None), "model_type", "") == "bert": return import_module("kdbook.kronecker_bert").from_bert(model, spec)
-    if isinstance(spec, str): raise ValueError(f"the preset {spec!r} is for BERT models, not for {type(model).__name__}: give a spec, such as {{'*': (16, 2)}}")
-    return replace_layers(_copied(model), spec)
+    kind = getattr(getattr(model, "config", None), "model_type", "")
+    with torch.random.fork_rng(devices=[]):  # layers draw random weights before they get their own
+        if kind == "bert": return import_module("kdbook.kronecker_bert").from_bert(model, spec)
+        if isinstance(spec, str): raise ValueError(f"the preset {spec!r} is for dense BERT models, not for {type(model).__name__}: give a spec, such as {{'*.dense': (16, 2)}}")
+        small = replace_layers(_copied(model), spec)
+    if kind == "kronecker-bert": small.config.kronecker = small.config.kronecker | {pattern: list(entry) for pattern, entry in spec.items()}
+    return small
 
 def _copied(model:nn.Module)->nn.Module:
     shared = getattr(model, "tokenizer", None)
     return copy.deepcopy(model, {id(shared): shared})  # tokenizers hold no weights and are slow to copy
 
-# %% ../nbs/kronecker.ipynb #6270dda1
+# %% ../nbs/kronecker.ipynb #231bcfed
+_IN_BERT = ("KroneckerBertConfig", "KroneckerBertModel", "KroneckerBertForSequenceClassification", "KroneckerBertForMaskedLM", "PRESETS", "preset", "bert_spec",
+            "recipe", "pretraining_recipe", "with_encoder", "TaskKD", "PretrainingKD")
+
 def __getattr__(name:str)->Any:
     "What needs transformers is in `kronecker_bert`, and loaded when it is asked for."
-    if name.startswith("_"): raise AttributeError(name)
+    if name not in _IN_BERT: raise AttributeError(f"module 'kdbook.kronecker' has no attribute {name!r}")
     return getattr(import_module("kdbook.kronecker_bert"), name)
 
 # %% ../nbs/kronecker.ipynb #1d4ef69c

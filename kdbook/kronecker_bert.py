@@ -8,14 +8,15 @@ __all__ = ['PRESETS', 'KroneckerBertConfig', 'bert_spec', 'preset', 'KroneckerBe
            'inside', 'intermediate_losses', 'at_holes', 'PretrainingKD', 'TaskKD', 'pretraining_recipe', 'recipe',
            'with_encoder']
 
-# %% ../nbs/kronecker_bert.ipynb #15f522d7
+# %% ../nbs/kronecker_bert.ipynb #3a2080c5
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from typing import Any, Iterator, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import AutoModel, AutoModelForMaskedLM, AutoModelForSequenceClassification, BertForMaskedLM, BertForSequenceClassification, BertModel
-from .distillation import forward, logits_of, soft_target_loss
+from .distillation import forward, logit_mse, logits_of, soft_target_loss
 from .kronecker import Spec, _Factored, _bert_config, _copied, replace_layers
 from .training import Loss, Progress, Recipe, Stage, label_loss
 from .words import mask_tokens
@@ -33,7 +34,7 @@ def bert_spec(
     if attention:
         (m2, n2), name = attention, f"attention={attention}"
         for divisor in (m2, n2):
-            if d % divisor: raise ValueError(f"{name} does not fit a hidden size of {d}: take divisors of it")
+            if divisor < 1 or d % divisor: raise ValueError(f"{name} does not fit a hidden size of {d}: take divisors of it")
         spec |= {name: (d // m2, d // n2, rank) for name in ("*.attention.self.*", "*.attention.output.dense")}
     if ffn: spec |= {"*.intermediate.dense": (*ffn, rank), "*.layer.*.output.dense": (*ffn[::-1], rank)}
     if words:
@@ -57,24 +58,26 @@ KroneckerBertConfig = _bert_config()
 class _Compressed:
     "A BERT whose layers are replaced as its configuration says, before weights are loaded or drawn."
     config_class = KroneckerBertConfig
-    def post_init(self)->None:
+    def _replace(self)->None:
         if self.config.kronecker: replace_layers(self, self.config.kronecker, decompose=False)
-        super().post_init()
 
+    def post_init(self)->None: self._replace(); super().post_init()
+    @torch.no_grad()
     def _init_weights(self, module:nn.Module)->None:
-        if isinstance(module, _Factored): module.reset_parameters()
-        else: super()._init_weights(module)
+        if not isinstance(module, _Factored): return super()._init_weights(module)
+        module._spread(self.config.initializer_range)
+        if getattr(module, "bias", None) is not None: nn.init.zeros_(module.bias)
 
 class KroneckerBertModel(_Compressed, BertModel): "The encoder."
 class KroneckerBertForSequenceClassification(_Compressed, BertForSequenceClassification): "The encoder with a classification head."
 class KroneckerBertForMaskedLM(_Compressed, BertForMaskedLM):
     "The encoder with a masked-LM head; its output layer is the word table, one set of factors in two places."
-    def post_init(self)->None:
-        table, decoder = self.bert.embeddings.word_embeddings, self.cls.predictions.decoder
-        decoder.weight = table.weight  # so that both are replaced together
-        names = ("a", "b") if "*word_embeddings" in self.config.kronecker else ("weight",)
+    def _replace(self)->None:
+        bert, head = self.bert.embeddings, self.cls.predictions
+        if self.config.tie_word_embeddings: head.decoder.weight = bert.word_embeddings.weight  # so that both are replaced together
+        super()._replace()
+        names = ("a", "b") if isinstance(bert.word_embeddings, _Factored) else ("weight",)
         self._tied_weights_keys = {f"cls.predictions.decoder.{n}": f"bert.embeddings.word_embeddings.{n}" for n in names} | {"cls.predictions.decoder.bias": "cls.predictions.bias"}
-        super().post_init()
 
 # %% ../nbs/kronecker_bert.ipynb #7eb5454b
 _CLASSES = {BertModel: (KroneckerBertModel, AutoModel), BertForSequenceClassification: (KroneckerBertForSequenceClassification, AutoModelForSequenceClassification),
@@ -89,14 +92,20 @@ def from_bert(
     "What `kroneckerize` does with a BERT."
     spec = preset(spec, model.config) if isinstance(spec, str) else spec
     small = replace_layers(_copied(model), spec)
-    if type(model) not in _CLASSES: return small
+    if type(model) not in _CLASSES:
+        small.save_pretrained = partial(_unstorable, type(model).__name__)
+        return small
     settings = {k: v for k, v in model.config.to_dict().items() if k not in ("model_type", "architectures", "transformers_version")}
-    auto = _CLASSES[type(model)][1]
-    new = auto.from_config(KroneckerBertConfig(kronecker=spec, **settings), attn_implementation=model.config._attn_implementation)
+    anywhere = {p if p.startswith("*") else "*" + p.removeprefix("bert."): entry for p, entry in spec.items()}  # names differ by a prefix between heads
+    headless = {"add_pooling_layer": False} if isinstance(model, BertModel) and model.pooler is None else {}
+    new = _CLASSES[type(model)][1].from_config(KroneckerBertConfig(kronecker=anywhere, **settings), attn_implementation=model.config._attn_implementation, **headless)
     new.load_state_dict(small.state_dict())
-    for (_, p), (_, q) in zip(new.named_parameters(), small.named_parameters()): p.requires_grad_(q.requires_grad)
+    for p, q in zip(new.parameters(), small.parameters()): p.requires_grad_(q.requires_grad)
     if hasattr(model, "tokenizer"): new.tokenizer = model.tokenizer
-    return new.to(next(model.parameters()).dtype).train(model.training)
+    return new.to(next(model.parameters())).train(model.training)
+
+def _unstorable(kind:str, *args:Any, **how:Any)->None:
+    raise TypeError(f"no KroneckerBERT stores a {kind}: keep its state_dict() with safetensors, and load that into kroneckerize(model, spec) of the dense model")
 
 # %% ../nbs/kronecker_bert.ipynb #58aa36e5
 class Inside(NamedTuple):
@@ -113,7 +122,7 @@ def watched(
     "Keep what `inside` reads, as long as the block lasts. Raises `ValueError` for a model of another kind."
     bare = getattr(model, "module", model)
     base = getattr(bare, "base_model", bare)
-    if not hasattr(getattr(base, "encoder", None), "layer"): raise ValueError(f"intermediate layers are read from a BERT; {type(bare).__name__} has no encoder.layer")
+    if not hasattr(getattr(base, "encoder", None), "layer"): raise ValueError(f"intermediate layers are read from a BERT, or from a model around one; {type(bare).__name__} has no encoder.layer")
     layers = {"embedding": base.embeddings.LayerNorm}
     for i, layer in enumerate(base.encoder.layer):
         layers |= {f"query {i}": layer.attention.self.query, f"key {i}": layer.attention.self.key, f"ffn {i}": layer.output.LayerNorm}
@@ -145,10 +154,10 @@ def intermediate_losses(
     seen = [tuple(tuple(x.shape) for x in (side.embedding, *side.scores, *side.ffn)) for side in (student, teacher)]
     if seen[0] != seen[1]:
         raise ValueError(f"student and teacher must have the same layers, heads and width, but embedding, scores and outputs are {seen[0]} and {seen[1]}")
-    mask = student.embedding.new_ones(student.embedding.shape[:2]) if attention_mask is None else attention_mask
-    mask = mask.to(student.embedding.dtype)
+    ones = torch.ones(student.embedding.shape[:2], device=student.embedding.device)
+    mask = ones if attention_mask is None else attention_mask.float()
     tokens, pairs = mask[..., None], (mask[:, :, None] * mask[:, None])[:, None]
-    mse = lambda x, y, where: ((x - y.detach().to(x.dtype))**2 * where).sum() / where.expand_as(x).sum()
+    mse = lambda x, y, where: ((x.float() - y.detach().float())**2 * where).sum() / where.expand_as(x).sum()  # half precision would overflow
     return dict(embedding=mse(student.embedding, teacher.embedding, tokens),
                 attention=sum(mse(x, y, pairs) for x, y in zip(student.scores, teacher.scores)),
                 ffn=sum(mse(x, y, tokens) for x, y in zip(student.ffn, teacher.ffn)))
@@ -160,6 +169,7 @@ def at_holes(
     where:Tensor, # (batch, seq_len), True where logits are wanted
 )->Iterator[None]:
     "Within the block the output layer sees the holes alone, and logits are (holes, vocab_size): the rest of them would cost most of the memory."
+    if not hasattr(model, "cls"): raise ValueError(f"stage one wants BertForMaskedLM or KroneckerBertForMaskedLM, got {type(model).__name__}: kroneckerize a masked language model")
     handle = model.cls.register_forward_pre_hook(lambda _, inputs: (inputs[0][where],))
     try: yield
     finally: handle.remove()
@@ -179,9 +189,10 @@ class _FromInside:
         with torch.no_grad(), watched(model.to(device).eval()) as kept, torch.autocast(device.type, torch.bfloat16, enabled=self.bf16): output = forward(model, batch, read)
         return output.float(), inside({name: value.float() for name, value in kept.items()}, model.config.num_attention_heads)
 
-    def losses(self, kept:dict[str,Tensor], theirs:Inside, batch:dict[str,Tensor])->dict[str,Tensor]:
+    def losses(self, student:nn.Module, kept:dict[str,Tensor], theirs:Inside, batch:dict[str,Tensor])->dict[str,Tensor]:
         "The three intermediate losses."
-        return intermediate_losses(inside(kept, self._teacher.config.num_attention_heads), theirs, batch.get("attention_mask"))
+        heads = getattr(student, "module", student).config.num_attention_heads
+        return intermediate_losses(inside(kept, heads), theirs, batch.get("attention_mask"))
 
 # %% ../nbs/kronecker_bert.ipynb #a3835a98
 class PretrainingKD(_FromInside):
@@ -196,12 +207,14 @@ class PretrainingKD(_FromInside):
     def __call__(self, student:nn.Module, batch:dict[str,Tensor], progress:Progress)->Loss:
         "Masked-LM loss and the three intermediate losses, weight 1 each."
         bare = getattr(student, "module", student)
+        if not hasattr(bare, "tokenizer"): raise ValueError(f"{type(bare).__name__} has no .tokenizer, which says what may be covered: set student.tokenizer")
+        batch = {"attention_mask": torch.ones_like(batch["input_ids"]), **batch}
         covered, where = mask_tokens(batch["input_ids"], batch["attention_mask"], bare.tokenizer, self.mask_rate)
         if not where.any(): where[:, 0] = True  # a batch needs a hole; its first token is special and soon guessed
         inputs = batch | {"input_ids": covered}
         _, theirs = self.told(self._teacher.base_model, inputs, lambda output: output.last_hidden_state)
         with watched(student) as kept, at_holes(bare, where): logits = forward(student, inputs)
-        losses = self.losses(kept, theirs, inputs) | {"masked_lm": label_loss(logits, batch["input_ids"][where])}
+        losses = self.losses(student, kept, theirs, inputs) | {"masked_lm": label_loss(logits, batch["input_ids"][where])}
         return Loss(sum(losses.values()), {name: value.detach() for name, value in losses.items()})
 
 # %% ../nbs/kronecker_bert.ipynb #82295f71
@@ -218,7 +231,8 @@ class TaskKD(_FromInside):
         "The five-term loss."
         said, theirs = self.told(self._teacher, batch, logits_of)
         with watched(student) as kept: logits = forward(student, batch)
-        losses = self.losses(kept, theirs, batch) | dict(logits=soft_target_loss(logits, said, self.temperature), labels=label_loss(logits, batch["labels"]))
+        apart = logit_mse(logits, said) if logits.shape[-1] == 1 else soft_target_loss(logits, said, self.temperature)
+        losses = self.losses(student, kept, theirs, batch) | dict(logits=apart, labels=label_loss(logits, batch["labels"]))
         return Loss(sum(losses.values()), {name: value.detach() for name, value in losses.items()})
 
 # %% ../nbs/kronecker_bert.ipynb #58fd6319
@@ -251,8 +265,10 @@ def with_encoder(
 )->nn.Module: # the same student
     "Carry the encoder of stage one over. Raises `ValueError` where the two were not compressed alike."
     ours, theirs = student.base_model.state_dict(), pretrained.base_model.state_dict()
-    for name, value in theirs.items():
-        if name not in ours or ours[name].shape != value.shape:
-            raise ValueError(f"{name} is {tuple(value.shape)} in the pre-trained encoder and {tuple(ours[name].shape) if name in ours else 'missing'} in the student: compress both by the same spec")
-    student.base_model.load_state_dict(ours | theirs)
+    for name in sorted({*ours, *theirs}):
+        a, b = (tuple(side[name].shape) if name in side else "missing" for side in (ours, theirs))
+        if a != b and not (name.startswith("pooler") and "missing" in (a, b)): raise ValueError(f"{name} is {b} in the pre-trained encoder and {a} in the student: compress both by the same spec")
+    heads = [model.config.num_attention_heads for model in (pretrained, student)]
+    if heads[0] != heads[1]: raise ValueError(f"the pre-trained encoder has {heads[0]} attention heads and the student {heads[1]}: compress models of one configuration")
+    student.base_model.load_state_dict({**ours, **{name: value for name, value in theirs.items() if name in ours}})
     return student

@@ -214,3 +214,68 @@ def test_the_losses_against_a_loop():
             squares[f"ffn {i}"].append((s.ffn[i] - t.ffn[i]).square().flatten())
     mean = {k: torch.cat(v).mean() for k, v in squares.items()}
     for name in found: torch.testing.assert_close(found[name], sum(v for k, v in mean.items() if k.startswith(name)), atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("pattern", ["bert.embeddings.word_embeddings", "*.word_embeddings", "*decoder"])
+def test_the_table_by_any_name(pattern, tmp_path):
+    "A pattern with the head's own prefix is stored so that every head can read it."
+    small = kr.kroneckerize(bert(kind=HEADS[2]), {pattern: (40, 4), "bert.encoder.layer.0.intermediate.dense": (8, 2)})
+    small.save_pretrained(tmp_path)
+    assert small.cls.predictions.decoder.a is small.bert.embeddings.word_embeddings.a
+    if pattern != "*decoder":
+        body = transformers.AutoModel.from_pretrained(tmp_path)
+        assert type(body.embeddings.word_embeddings) is kr.KroneckerEmbedding and type(body.encoder.layer[0].intermediate.dense) is kr.KroneckerLinear
+
+
+def test_models_of_other_kinds_are_not_stored_by_mistake(tmp_path):
+    other = kr.kroneckerize(bert(kind=transformers.BertForTokenClassification), SMALL)
+    with pytest.raises(TypeError, match="state_dict"): other.save_pretrained(tmp_path)
+    bare = transformers.BertModel(bert().config, add_pooling_layer=False)
+    assert kr.kroneckerize(bare, {"*.intermediate.dense": (8, 2)}).pooler is None
+    untied = bert(kind=HEADS[2]).config; untied.tie_word_embeddings = False
+    loose = kr.kroneckerize(transformers.BertForMaskedLM(untied), {"*word_embeddings": (40, 4)})
+    assert type(loose.cls.predictions.decoder) is nn.Linear
+    twice = kr.kroneckerize(kr.kroneckerize(bert(), {"*.intermediate.dense": (8, 2)}), {"*pooler.dense": (4, 4)})
+    twice.save_pretrained(tmp_path)
+    again, report = transformers.AutoModelForSequenceClassification.from_pretrained(tmp_path, output_loading_info=True)
+    assert not report["missing_keys"] and type(again.bert.pooler.dense) is kr.KroneckerLinear
+
+
+def test_rank_deficient_weights_have_finite_factors():
+    w = torch.kron(torch.randn(4, 6), torch.randn(8, 3))
+    for rank in (1, 2, 24):
+        factors = kr.nearest_kronecker(w, (4, 6), rank)
+        assert all(torch.isfinite(f).all() for f in factors)
+        torch.testing.assert_close(factors.product(), w)
+        torch.testing.assert_close(factors.a.flatten(1).norm(dim=1), factors.b.flatten(1).norm(dim=1), atol=1e-6, rtol=1e-4)
+    assert (kr.nearest_kronecker(torch.zeros(4, 4), (2, 2)).product() == 0).all()
+
+
+def test_a_failed_call_changes_nothing():
+    net = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 6))
+    with pytest.raises(ValueError, match="m1=4 does not divide 6"): kr.replace_layers(net, {"*": (4, 4)})
+    assert all(type(layer) is nn.Linear for layer in net)
+    normed = nn.Sequential(nn.utils.parametrizations.weight_norm(nn.Linear(8, 8)))
+    with pytest.raises(ValueError, match="parametrization"): kr.kroneckerize(normed, {"0": (2, 2)})
+
+
+def test_kroneckerize_draws_nothing_of_the_readers():
+    models = bert(), nn.Sequential(nn.Linear(4, 4))
+    torch.manual_seed(0); expected = torch.rand(3)
+    torch.manual_seed(0); kr.kroneckerize(models[0], SMALL); kr.kroneckerize(models[1], {"0": (2, 2)})
+    assert torch.equal(torch.rand(3), expected)
+
+
+def test_half_precision_losses():
+    "Squares of large differences stay finite, and heads are compared by the student's own count."
+    big = kb.Inside(torch.full((2, 64, 32), 60.).half(), (torch.full((2, 2, 64, 64), 300.).half(),), (torch.full((2, 64, 32), 60.).half(),))
+    none = kb.Inside(*(tuple(torch.zeros_like(y) for y in x) if isinstance(x, tuple) else torch.zeros_like(x) for x in big))
+    assert {k: v.item() for k, v in kb.intermediate_losses(big, none).items()} == dict(embedding=3600., attention=90000., ffn=3600.)
+    student = bert(); student.config.num_attention_heads = 4
+    with pytest.raises(ValueError, match="same layers, heads"): kb.TaskKD(bert())(student, Rows(rows(4), ("label",)).batch([0, 1]), Progress())
+
+
+def test_encoders_that_do_not_match():
+    small, deep = kr.kroneckerize(bert(layers=2), SMALL), kr.kroneckerize(bert(layers=1), SMALL)
+    with pytest.raises(ValueError, match="is missing in the pre-trained"): kb.with_encoder(small, deep)
+    with pytest.raises(ValueError, match="KroneckerBertForMaskedLM"): kb.PretrainingKD(bert(kind=HEADS[2]))(small, Rows(rows(4), ()).batch([0, 1]), Progress())
