@@ -153,8 +153,9 @@ def _b_rows(x:Tensor, a:Tensor, b:Tensor, bias:Tensor|None)->Tensor: # all four:
 def _b_columns(x:Tensor, a:Tensor, b:Tensor, bias:Tensor|None)->Tensor:
     (rank, m1, n1), (_, m2, n2) = a.shape, b.shape
     z = (b.flatten(0, 1) @ x.reshape(-1, n2).T).view(rank, m2, -1, n1).permute(1, 2, 0, 3).reshape(m2, -1, rank * n1)
-    y = F.linear(z, a.transpose(0, 1).reshape(m1, rank * n1))
-    return (y if bias is None else y.add_(bias.T[:, None])).permute(1, 2, 0)
+    wide = a.transpose(0, 1).reshape(m1, rank * n1)
+    y = F.linear(z, wide) if bias is None else torch.baddbmm(bias.T[:, None], z, wide.T.expand(m2, rank * n1, m1))
+    return y.permute(1, 2, 0)
 
 # %% ../nbs/kronecker.ipynb #7cfe6a56
 def _a_rows(x:Tensor, a:Tensor, b:Tensor, bias:Tensor|None)->Tensor:
