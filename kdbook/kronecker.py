@@ -344,7 +344,7 @@ def _copied(model:nn.Module)->nn.Module:
     shared = getattr(model, "tokenizer", None)
     return copy.deepcopy(model, {id(shared): shared})  # tokenizers hold no weights and are slow to copy
 
-# %% ../nbs/kronecker.ipynb #231bcfed
+# %% ../nbs/kronecker.ipynb #5a422052
 _IN_BERT = ("KroneckerBertConfig", "KroneckerBertModel", "KroneckerBertForSequenceClassification", "KroneckerBertForMaskedLM", "PRESETS", "preset", "bert_spec",
             "recipe", "pretraining_recipe", "with_encoder", "TaskKD", "PretrainingKD")
 
