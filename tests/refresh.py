@@ -22,6 +22,7 @@ READS = {  # folder under results/ -> what in a chapter's code says that it read
     "study": re.compile(r"\bstudy_(records|path)\(|results_dir\(\) / .study"),
     "teacher": re.compile(r"minilm-movies|\bladder(_table|_plot)?\("),
 }
+STUDY = re.compile(r"""\bstudy_(?:records|path)\(\s*(?:["'](\w+)["'])?|results_dir\(\) / .study.(?: / ["'](\w+)["'])?""")
 CELL_MARK = re.compile(r"^# %% .*\n", re.M)  # where nbdev says which cell a line is from: no behaviour
 PROGRESS = re.compile(r"\d+%\|.*?\|")
 
@@ -70,13 +71,21 @@ def results_hash(results=RESULTS):
     return total.hexdigest()
 
 
+def folders_read(code):
+    "Folders under results/ that a chapter reads; of the studies only those it names, where it names all."
+    found = [folder for folder, pattern in READS.items() if pattern.search(code)]
+    named = {a or b for a, b in STUDY.findall(code)}
+    if "study" not in found or "" in named: return found
+    return [folder for folder in found if folder != "study"] + [f"study/{name}" for name in sorted(named)]
+
+
 def digest(nb, lib=LIB, results=RESULTS):
     "Hash of all that a chapter's outputs depend on, inside this repository."
     code = "\n".join(code_of(nb))
     seen = modules_reached(code, lib)
     parts = [code] + [f"{name}\n{seen[name]}" for name in sorted(seen)]
     acts = "\n".join(source for source in code_of(nb) if "#| eval: false" not in source)  # what Colab needs names results/ too
-    parts += [results_hash(results / folder) for folder, pattern in READS.items() if pattern.search(acts)]
+    parts += [results_hash(results / folder) for folder in folders_read(acts)]
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]
 
 

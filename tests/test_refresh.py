@@ -29,7 +29,7 @@ def test_digest_follows_code_modules_and_results(tmp_path):
     (results / "ladder" / "b.json").write_text("2")
     second = digests()
     assert second[0] == first[0] and second[1] != first[1], "only the chapter that reads results is stale"
-    chapters = dict(ladder=reads, study=chapter("study_records('noise')"), teacher=chapter('annotate(rows, "minilm-movies")'), none=chapter('#| eval: false\nread_records()'))
+    chapters = dict(ladder=reads, study=chapter("study_path(study, 1)"), teacher=chapter('annotate(rows, "minilm-movies")'), none=chapter('#| eval: false\nread_records()'))
     for folder in ("ladder", "study", "teacher"):  # a record makes stale who reads its folder, and nobody else
         before = {name: refresh.digest(nb, lib, results) for name, nb in chapters.items()}
         (results / folder / "c.json").write_text("3")
@@ -38,6 +38,12 @@ def test_digest_follows_code_modules_and_results(tmp_path):
     (lib / "low.py").write_text("x = 2\n")  # reached through high.py, from inside a function
     third = digests()
     assert third[0] != second[0] and third[1] != second[1]
+
+
+def test_a_chapter_follows_the_studies_it_names():
+    assert refresh.folders_read("x = study_records('noise')\nresults_dir() / \"study\" / \"cost\"") == ["study/cost", "study/noise"]
+    assert refresh.folders_read("study_records('noise'); study_path(name, 0); correct('same-rows', 'hinton')") == ["ladder", "study"]
+    assert refresh.folders_read("study = 1") == []
 
 
 def test_tidy_drops_bars_and_widget_views():
