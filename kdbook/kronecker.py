@@ -28,7 +28,7 @@ def other_shape(
     for name, whole, part in zip(("m1", "n1"), shape, shape_a):
         if part < 1 or whole % part:
             fit = ", ".join(str(d) for d in range(1, whole + 1) if whole % d == 0)
-            raise ValueError(f"{name}={part} does not divide {whole}, a side of the {shape[0]}x{shape[1]} weight: take one of {fit}")
+            raise ValueError(f"{name}={part} does not divide {whole}, a side of the {shape[0]}x{shape[1]} weight (outputs by inputs): take one of {fit}")
     (m, n), (m1, n1) = shape, shape_a
     bound = min(m1 * n1, m * n // (m1 * n1))
     if not 1 <= rank <= bound: raise ValueError(f"rank must be in 1..{bound} for a {m}x{n} weight with A of {m1}x{n1}, where {bound} is exact; got {rank}")
@@ -138,8 +138,9 @@ def kronecker_linear(
     "The product of the factors' weight with each input vector, plus the bias; the weight is never made. Raises `ValueError` for inputs of another width."
     a, b, (m1, n1), (m2, n2) = *factors, factors.a.shape[1:], factors.b.shape[1:]
     if x.shape[-1] != n1 * n2: raise ValueError(f"inputs are {x.shape[-1]} wide, but the factors {m1}x{n1} and {m2}x{n2} want {n1 * n2}")
-    work = _WAYS[way or way_for((m1, n1), (m2, n2))]
-    y = work(x.reshape(-1, n1, n2), a, b, None if bias is None else bias.view(m1, m2))
+    way = way or way_for((m1, n1), (m2, n2))
+    if way not in _WAYS: raise ValueError(f"way must be one of {', '.join(map(str, _WAYS))}; got {way!r}")
+    y = _WAYS[way](x.reshape(-1, n1, n2), a, b, None if bias is None else bias.view(m1, m2))
     return y.reshape(*x.shape[:-1], m1 * m2)
 
 # %% ../nbs/kronecker.ipynb #885b9120
@@ -276,6 +277,7 @@ def spec_layers(
     strict:bool=True, # False: a pattern may mean no layer
 )->dict[str,tuple[int,...]]: # name of each layer that is meant -> its entry
     "Which layers a spec means. Raises `ValueError` for an empty spec, an entry that is no shape, a pattern that fits none, and a layer of another kind."
+    if not isinstance(spec, dict) or not all(isinstance(pattern, str) for pattern in spec): raise ValueError(f"a spec is a dict from patterns of layer names to shapes; got {spec!r}")
     if not spec: raise ValueError('the spec is empty: {"*.dense": (16, 2)}, say, names what is to be compressed')
     if isinstance(model, _DENSE): raise ValueError(f"the model is a layer itself: {'KroneckerLinear' if isinstance(model, nn.Linear) else 'KroneckerEmbedding'}.from_dense(model, shape_a)")
     found, used = {}, set()
@@ -288,7 +290,7 @@ def spec_layers(
     for pattern in spec if strict else ():
         if pattern not in used:
             names = [name for name, layer in model.named_modules() if isinstance(layer, _DENSE)]
-            raise ValueError(f"{pattern!r} means no further Linear or Embedding layer of {type(model).__name__}; it has {', '.join(names[:12])}{', ...' if len(names) > 12 else ''}")
+            raise ValueError(f"{pattern!r} means no Linear or Embedding layer of {type(model).__name__}, or none that an earlier pattern has not taken; there are {', '.join(names[:12])}{', ...' if len(names) > 12 else ''}")
     return found
 
 # %% ../nbs/kronecker.ipynb #99b546b2

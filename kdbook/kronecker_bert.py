@@ -30,6 +30,7 @@ def bert_spec(
     rank:int=1, # products that are added, of attention and feed-forward layers
 )->Spec:
     "The shapes of KroneckerBERT for a BERT of any width (Tahaei et al. 2022, table of shapes, read with the sizes that scale)."
+    config = getattr(config, "config", config)  # a model will do
     d, spec = config.hidden_size, {}
     if attention:
         (m2, n2), name = attention, f"attention={attention}"
@@ -151,9 +152,9 @@ def intermediate_losses(
     attention_mask:Tensor|None=None, # (batch, seq_len); padding counts for nothing (our reading); default: all tokens
 )->dict[str,Tensor]: # "embedding", "attention", "ffn": scalars
     "The three mean squared errors, those of layers and of scores summed over layers (Tahaei et al. 2022). Raises `ValueError` where shapes differ."
-    seen = [tuple(tuple(x.shape) for x in (side.embedding, *side.scores, *side.ffn)) for side in (student, teacher)]
+    seen = [(len(side.ffn), side.scores[0].shape[1], side.embedding.shape[-1]) for side in (student, teacher)]
     if seen[0] != seen[1]:
-        raise ValueError(f"student and teacher must have the same layers, heads and width, but embedding, scores and outputs are {seen[0]} and {seen[1]}")
+        raise ValueError("student and teacher must have the same layers, heads and width, but they have {} and {}: kroneckerize this very teacher, which keeps all three".format(*seen))
     ones = torch.ones(student.embedding.shape[:2], device=student.embedding.device)
     mask = ones if attention_mask is None else attention_mask.float()
     tokens, pairs = mask[..., None], (mask[:, :, None] * mask[:, None])[:, None]
@@ -181,7 +182,7 @@ class _FromInside:
 
     def check(self, stage:Any, train:Any, validation:Any)->None:
         "Called by `fit` before it starts."
-        if self._teacher is None: raise ValueError(f"{type(self).__name__} needs a live teacher: recipe(teacher)")
+        if not isinstance(self._teacher, nn.Module): raise ValueError(f"{type(self).__name__} needs a live teacher, a model with its weights: recipe(teacher); got {self._teacher!r}")
 
     def told(self, model:nn.Module, batch:dict[str,Tensor], read:Any)->tuple[Tensor,Inside]:
         "What `read` takes of the teacher's output, and what is inside; no gradient, no dropout."
@@ -264,6 +265,8 @@ def with_encoder(
     pretrained:nn.Module, # from stage one, of the same spec
 )->nn.Module: # the same student
     "Carry the encoder of stage one over. Raises `ValueError` where the two were not compressed alike."
+    for model in (student, pretrained):
+        if not hasattr(model, "base_model"): raise ValueError(f"give the models themselves, of a run its .student; got {type(model).__name__}")
     ours, theirs = student.base_model.state_dict(), pretrained.base_model.state_dict()
     for name in sorted({*ours, *theirs}):
         a, b = (tuple(side[name].shape) if name in side else "missing" for side in (ours, theirs))

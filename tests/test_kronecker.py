@@ -95,7 +95,7 @@ def test_half_precision_and_views():
     torch.testing.assert_close(mine(x), mine.to_dense()(x), atol=1e-5, rtol=1e-5)
 
 
-@pytest.mark.parametrize("entry, says", [((5, 2), "m1=5 does not divide 32, a side of the 32x16 weight: take one of 1, 2, 4, 8, 16, 32"),
+@pytest.mark.parametrize("entry, says", [((5, 2), "m1=5 does not divide 32, a side of the 32x16 weight (outputs by inputs): take one of 1, 2, 4, 8, 16, 32"),
                                          ((4, 3), "n1=3 does not divide 16"), ((4, 2, 9), "rank must be in 1..8"), ((4, 2, 0), "got 0"), ((0, 2), "m1=0")])
 def test_wrong_shapes_name_the_layer_and_the_way_out(entry, says):
     with pytest.raises(ValueError, match="intermediate") as e: kr.kroneckerize(bert(), {"*.intermediate.dense": entry})
