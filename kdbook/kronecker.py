@@ -379,5 +379,6 @@ def _bert_config()->type:
     KroneckerBertConfig.__module__, KroneckerBertConfig.__qualname__ = "kdbook.kronecker_bert", "KroneckerBertConfig"
     return KroneckerBertConfig
 
-def _register(auto:Any)->None: auto.AutoConfig.register("kronecker-bert", _bert_config())
+def _register(auto:Any)->None: # the module's own class, also where these lines run in a notebook: there must be one only
+    auto.AutoConfig.register("kronecker-bert", import_module("kdbook.kronecker")._bert_config())
 wrapt.register_post_import_hook(_register, "transformers.models.auto.configuration_auto")

@@ -13,7 +13,6 @@ from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any, Iterator, NamedTuple
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import AutoModel, AutoModelForMaskedLM, AutoModelForSequenceClassification, BertForMaskedLM, BertForSequenceClassification, BertModel
 from .distillation import forward, logit_mse, logits_of, soft_target_loss

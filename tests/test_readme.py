@@ -2,6 +2,7 @@
 import re
 
 import readme_table
+from kdbook.studies import study_records
 
 README = readme_table.README.read_text(encoding="utf-8")
 ROOT = readme_table.README.parent
@@ -39,3 +40,9 @@ def test_the_loop_runs():
     block = next(b for b in re.findall(r"```python\n(.*?)```", README, re.S) if "temperature_schedule" in b)
     exec(block, scope)  # the reader's own loop, as printed
     assert not torch.equal(model.net.weight, before) and scope["loss"].isfinite()
+
+
+def test_kroneckerberts_numbers_are_those_of_the_records():
+    mean = lambda size: 100 * sum(found) / len(found) if (found := [r["splits"]["test"]["accuracy"] for r in study_records("compression") if (r["settings"]["size"], r["settings"]["way"]) == (size, "both")]) else 0
+    said = re.search(r"KroneckerBERT makes.*?right on ([\d.]+) % of the movie test.*?same size on ([\d.]+) %", README, re.S)
+    assert [float(x) for x in said.groups()] == [round(mean(size), 1) for size in ("kronecker-8", "low-rank")]
