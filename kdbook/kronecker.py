@@ -113,7 +113,7 @@ def flops(
     (m1, n1), (m2, n2) = shape_a, shape_b
     return dict(b=(2*n2 - 1) * m2 * n1 + (2*n1 - 1) * m2 * m1, a=(2*n1 - 1) * n2 * m1 + (2*n2 - 1) * m2 * m1)
 
-# %% ../nbs/kronecker.ipynb #bb19eacd
+# %% ../nbs/kronecker.ipynb #bcf12708
 class Way(NamedTuple):
     "How an input is multiplied."
     first:Literal["a","b"] # the factor that comes first
@@ -123,9 +123,9 @@ def way_for(
     shape_a:tuple[int,int], # (m1, n1)
     shape_b:tuple[int,int], # (m2, n2)
 )->Way:
-    "The cheaper order by `flops`, A on a tie. Rows where what A multiplies is at least 16 wide, else columns: measured, not derived."
+    "The cheaper order by `flops`, B on a tie. Rows where what A multiplies is at least 16 wide, else columns: measured, not derived."
     cost = flops(shape_a, shape_b)
-    first = "b" if cost["b"] < cost["a"] else "a"
+    first = "b" if cost["b"] <= cost["a"] else "a"
     return Way(first, "rows" if shape_b[0 if first == "b" else 1] >= 16 else "columns")
 
 # %% ../nbs/kronecker.ipynb #fbab10a4
@@ -143,32 +143,40 @@ def kronecker_linear(
     y = _WAYS[way](x.reshape(-1, n1, n2), a, b, None if bias is None else bias.view(m1, m2))
     return y.reshape(*x.shape[:-1], m1 * m2)
 
-# %% ../nbs/kronecker.ipynb #885b9120
+# %% ../nbs/kronecker.ipynb #8e87e5f0
+def _abreast(factor:Tensor)->Tensor: # (rank, m, n) -> (m, rank*n)
+    return factor[0] if len(factor) == 1 else factor.transpose(0, 1).flatten(1)
+
 def _b_rows(x:Tensor, a:Tensor, b:Tensor, bias:Tensor|None)->Tensor: # all four: (rows, n1, n2) -> (rows, m1, m2)
     (rank, m1, n1), m2 = a.shape, b.shape[1]
     z = F.linear(x, b.flatten(0, 1)).view(-1, n1, rank, m2).transpose(1, 2).reshape(-1, rank * n1, m2)
     # bmm, because matmul of a trained matrix would fold the rows together, which takes twice as long
-    wide = a.transpose(0, 1).reshape(m1, rank * n1).expand(len(x), m1, rank * n1)
+    wide = _abreast(a).expand(x.shape[0], -1, -1)
     return torch.bmm(wide, z) if bias is None else torch.baddbmm(bias, wide, z)
 
-def _b_columns(x:Tensor, a:Tensor, b:Tensor, bias:Tensor|None)->Tensor:
-    (rank, m1, n1), (_, m2, n2) = a.shape, b.shape
-    z = (b.flatten(0, 1) @ x.reshape(-1, n2).T).view(rank, m2, -1, n1).permute(1, 2, 0, 3).reshape(m2, -1, rank * n1)
-    wide = a.transpose(0, 1).reshape(m1, rank * n1)
-    y = F.linear(z, wide) if bias is None else torch.baddbmm(bias.T[:, None], z, wide.T.expand(m2, rank * n1, m1))
-    return y.permute(1, 2, 0)
-
-# %% ../nbs/kronecker.ipynb #7cfe6a56
 def _a_rows(x:Tensor, a:Tensor, b:Tensor, bias:Tensor|None)->Tensor:
     (rank, m1, n1), (_, m2, n2) = a.shape, b.shape
-    z = torch.bmm(a.flatten(0, 1).expand(len(x), rank * m1, n1), x).view(-1, rank, m1, n2).transpose(1, 2)
-    y = F.linear(z.reshape(-1, m1, rank * n2), b.transpose(0, 1).reshape(m2, rank * n2))
+    z = torch.bmm(a.flatten(0, 1).expand(x.shape[0], -1, -1), x).view(-1, rank, m1, n2).transpose(1, 2)
+    y = F.linear(z.reshape(-1, m1, rank * n2), _abreast(b))
     return y if bias is None else y.add_(bias)
+
+# %% ../nbs/kronecker.ipynb #d42d25c0
+def _interleaved(y:Tensor)->Tensor: # (rows, m2, m1) -> (rows, m1, m2)
+    pairs = y.shape[1] == 2 and y.device.type == "cpu" and y.dtype in (torch.float32, torch.float64)
+    if not pairs or torch.compiler.is_compiling() or torch.jit.is_tracing(): return y.transpose(1, 2).contiguous()  # what exporters know
+    return torch.view_as_real(torch.complex(*y.unbind(1)))
+
+def _b_columns(x:Tensor, a:Tensor, b:Tensor, bias:Tensor|None)->Tensor:
+    (rank, m1, n1), m2 = a.shape, b.shape[1]
+    z = torch.bmm(b.flatten(0, 1).expand(x.shape[0], -1, -1), x.transpose(1, 2))
+    if rank > 1: z = z.view(-1, rank, m2, n1).transpose(1, 2).flatten(2)
+    y = _interleaved(F.linear(z, _abreast(a)))
+    return y if bias is None else y + bias if y.requires_grad else y.add_(bias)  # in place would copy the gradients
 
 def _a_columns(x:Tensor, a:Tensor, b:Tensor, bias:Tensor|None)->Tensor:
     (rank, m1, n1), (_, m2, n2) = a.shape, b.shape
     z = F.linear(x.permute(2, 0, 1).contiguous(), a.flatten(0, 1)).view(n2, -1, rank, m1).permute(2, 0, 1, 3)
-    y = (z.reshape(rank * n2, -1).T @ b.transpose(0, 1).reshape(m2, rank * n2).T).view(-1, m1, m2)
+    y = (z.reshape(rank * n2, -1).T @ _abreast(b).T).view(-1, m1, m2)
     return y if bias is None else y.add_(bias)
 
 _WAYS = {Way("b", "rows"): _b_rows, Way("b", "columns"): _b_columns, Way("a", "rows"): _a_rows, Way("a", "columns"): _a_columns}

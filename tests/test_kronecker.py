@@ -177,6 +177,19 @@ def test_onnx(spec, tmp_path):
         np.testing.assert_allclose(logits, small(**inputs).logits.detach().numpy(), atol=1e-4)
 
 
+@pytest.mark.parametrize("way", list(kr._WAYS), ids=" ".join)
+@pytest.mark.parametrize("rank", [1, 2])
+def test_onnx_for_every_way(way, rank, tmp_path):
+    "No way bakes the example's batch size into the graph."
+    runtime = pytest.importorskip("onnxruntime"); pytest.importorskip("onnxscript")
+    layer, free = kr.KroneckerLinear(12, 24, (12, 6), rank), {0: torch.export.Dim.DYNAMIC, 1: torch.export.Dim.DYNAMIC}
+    layer.way = way
+    torch.onnx.export(layer, (torch.randn(3, 4, 12),), f=tmp_path / "layer.onnx", dynamo=True, input_names=["x"], dynamic_shapes=(free,), verbose=False)
+    x = torch.randn(5, 2, 12)
+    y, = runtime.InferenceSession(str(tmp_path / "layer.onnx")).run(None, {"x": x.numpy()})
+    np.testing.assert_allclose(y, layer(x).detach().numpy(), atol=1e-5)
+
+
 def test_hooks_are_gone_even_after_an_error():
     teacher = bert()
     with pytest.raises(RuntimeError):
