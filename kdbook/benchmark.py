@@ -5,10 +5,10 @@
 # %% auto #0
 __all__ = ['DIGITS_TRAIL', 'training_rows', 'digits_teacher', 'shifts', 'characters_teacher', 'spoil', 'noisy_rows', 'provenance',
            'write_json', 'pack', 'unpack', 'run_settings', 'record_path', 'read_record', 'train_one', 'kept_student',
-           'run_one', 'chosen_lr', 'standing', 'run_ladder', 'run_calls', 'reported', 'correct', 'recorded', 'Rung',
-           'ladder', 'ladder_table', 'ladder_plot', 'train_teacher', 'write_teacher_record']
+           'scored', 'run_one', 'chosen_lr', 'standing', 'run_ladder', 'run_calls', 'reported', 'correct', 'recorded',
+           'Rung', 'ladder', 'ladder_table', 'ladder_plot', 'train_teacher', 'write_teacher_record']
 
-# %% ../nbs/benchmark.ipynb #334277a3
+# %% ../nbs/benchmark.ipynb #a60e5478
 import base64, hashlib, json, os, platform, subprocess, tempfile, time, zlib
 from dataclasses import asdict, dataclass
 from functools import lru_cache
@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, Callable, Iterable
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 import kdbook
 from .distillation import annotate, predict_logits, results_dir, save_tensors, text_crc, whole_file, with_column
 from .glitter import annotate_pool, make_pool
@@ -27,6 +27,7 @@ from .noisy_label_kd import corrupt, human_label, out_of_fold
 from .progressive_kd import Trail, annotate_trail
 from .training import CrossEntropy, Recipe, Run, Stage, describe, fit
 from .universal_kd import PseudoClassifiers, train_heads
+from .words import SentenceVectors
 
 # %% ../nbs/benchmark.ipynb #60c520f7
 def training_rows(
@@ -108,17 +109,12 @@ def _continued(windows:Any)->Any:
     "Windows of characters with what their teacher says of each character."
     return with_column(windows, "teacher_logits", predict_logits(characters_teacher(), windows, progress=False))
 
-# %% ../nbs/benchmark.ipynb #43ffca88
-class _SentenceVectors(nn.Module):
-    "MiniLM's sentence vectors in the place of logits, so that `annotate` computes them once and for all."
-    def __init__(self):
-        from kdbook.models import teacher
-        super().__init__()
-        model = teacher("minilm")
-        self.encoder, self.tokenizer = model.bert, model.tokenizer
+# %% ../nbs/benchmark.ipynb #a04ea1d8
+class _Scaled(SentenceVectors):
+    "MiniLM's sentence vectors in the place of logits, so that `annotate` computes them once and for all; entries of size 1."
     def forward(self, input_ids, attention_mask):
-        states = self.encoder(input_ids, attention_mask).last_hidden_state * attention_mask[..., None]
-        return nn.functional.normalize(states.sum(1), dim=-1) * states.shape[-1]**.5  # entries of size 1
+        vectors = super().forward(input_ids, attention_mask)
+        return vectors * vectors.shape[-1]**.5
 
 @lru_cache(4)
 def _as_vectors(task_name:str, split:str)->Any:
@@ -126,10 +122,10 @@ def _as_vectors(task_name:str, split:str)->Any:
     from kdbook.data import load_task
     rows = load_task(task_name)[split]
     if "pixel_values" in rows.column_names: return rows
-    vectors = annotate(rows.select_columns(["idx", "text"]), _SentenceVectors())["teacher_logits"]
+    vectors = annotate(rows.select_columns(["idx", "text"]), _Scaled())["teacher_logits"]
     return with_column(rows.select_columns(["idx", "label"]), "pixel_values", vectors)
 
-# %% ../nbs/benchmark.ipynb #b75f5b66
+# %% ../nbs/benchmark.ipynb #1620fb80
 def spoil(
     rows:"datasets.Dataset", # clean rows
     noise:tuple[str,float], # kind and rate, or ("raters", k)
@@ -140,6 +136,7 @@ def spoil(
     kind, amount = noise
     return human_label(rows, amount, seed) if kind == "raters" else corrupt(rows, kind, amount, seed, num_labels=num_labels)
 
+# %% ../nbs/benchmark.ipynb #8fabb745
 @lru_cache(8)
 def noisy_rows(
     setting:NoisySetting, # says which noise, and which teacher
@@ -241,7 +238,17 @@ def kept_student(setting_name:str, method:str, seed:int)->nn.Module: # evaluatio
     student.load_state_dict(load_file(path), strict=False)
     return student
 
-# %% ../nbs/benchmark.ipynb #cacc4b99
+# %% ../nbs/benchmark.ipynb #4c7e241d
+def scored(
+    student:nn.Module, # trained
+    rows:"datasets.Dataset", # one split
+)->tuple[dict[str,Any],Tensor]: # what a record says of it; logits (rows, num_labels), one row per label
+    "How a student does on a split."
+    logits, labels = predict_logits(student, rows, progress=False).flatten(0, -2), torch.tensor(rows["label"]).flatten()
+    said = dict(accuracy=accuracy(logits, labels), nll=nll(logits, labels), ece=ece(logits, labels), predictions=pack(logits.argmax(-1).numpy()))
+    return dict(rows=len(rows), **said), logits
+
+# %% ../nbs/benchmark.ipynb #bda68bd5
 def run_one(setting_name:str, method:str, lr:float, seed:int)->dict[str,Any]:
     "Train one student, score it, and store the record; search runs are scored on validation rows only."
     torch.set_num_threads(1)  # the same bits however many runs share the machine
@@ -251,11 +258,9 @@ def run_one(setting_name:str, method:str, lr:float, seed:int)->dict[str,Any]:
     if seed not in SEARCH_SEEDS:
         record["splits"] = {}
         for split in (s for s in task if s != "train"):
-            logits, labels = predict_logits(run.student, task[split], progress=False).flatten(0, -2), torch.tensor(task[split]["label"]).flatten()
-            record["splits"][split] = dict(rows=len(task[split]), accuracy=accuracy(logits, labels), nll=nll(logits, labels), ece=ece(logits, labels),
-                                           predictions=pack(logits.argmax(-1).numpy()))
+            record["splits"][split], logits = scored(run.student, task[split])
             if split == "test":
-                said = torch.tensor(test["teacher_logits"]).flatten(0, -2)
+                said, labels = torch.tensor(test["teacher_logits"]).flatten(0, -2), torch.tensor(task[split]["label"]).flatten()
                 record["teacher_agreement"], record["teacher_accuracy"] = agreement(logits, said), accuracy(said, labels)
     write_json(record, record_path(setting_name, method, lr, seed))
     return record

@@ -6,15 +6,14 @@
 __all__ = ['sample_words', 'mixed_embeddings', 'given_embeddings', 'gap', 'Rewriter', 'AdversarialStep', 'adversarial_gap',
            'play', 'generator_step', 'MateKD', 'CombinedKD', 'recipe', 'mate_recipe']
 
-# %% ../nbs/combined_kd.ipynb #691e7d23
-import copy
+# %% ../nbs/combined_kd.ipynb #9a65a3b7
 from contextlib import contextmanager
 from typing import Any, Literal
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from .annealing_kd import AnnealingKD, annealing_loss, temperature_schedule
-from .distillation import INPUTS, forward, joined, logit_mse, soft_target_loss
+from .distillation import INPUTS, copied, forward, joined, logit_mse, soft_target_loss
 from .training import Callback, CrossEntropy, Loss, Progress, Recipe, Stage, label_loss
 from .words import MaskedGenerator, mask_tokens
 
@@ -61,7 +60,7 @@ def gap(
     if kind == "cross_entropy": return -(log_p.exp() * log_q).sum(-1).mean()
     raise ValueError(f'kind must be "mse", "kl" or "cross_entropy", got {kind!r}')
 
-# %% ../nbs/combined_kd.ipynb #676d324c
+# %% ../nbs/combined_kd.ipynb #0c134583
 class Rewriter(Callback):
     "A live teacher, a masked generator, and how a batch is rewritten by them."
     def __init__(self,
@@ -74,7 +73,7 @@ class Rewriter(Callback):
         if teacher is not None and generator is not None:
             sizes = [len(model.get_input_embeddings().weight) for model in (teacher, generator.model)]
             if sizes[0] != sizes[1]: raise ValueError(f"teacher and generator must share a vocabulary, but they have {sizes[0]} and {sizes[1]} words")
-            teacher, generator = teacher.requires_grad_(False).eval(), copy.deepcopy(generator, {id(generator.tokenizer): generator.tokenizer})
+            teacher, generator = teacher.requires_grad_(False).eval(), copied(generator)
         self.mask_rate, self.bf16, self._teacher, self._generator = mask_rate, bf16, teacher, generator
 
     def check(self)->None:

@@ -7,25 +7,25 @@ __all__ = ['SHAPES', 'PLAIN', 'WAYS', 'RATES', 'EPOCHS', 'STUDIES', 'LAYERS', 'M
            'compression_recipe', 'rate_part', 'rate_parts', 'chosen_rate', 'compression_part', 'compression_parts',
            'speed_part', 'side_by_side', 'speed_parts']
 
-# %% ../nbs/compression.ipynb #b1d4a400
+# %% ../nbs/compression.ipynb #3629320b
 import hashlib, itertools, json, os, statistics, subprocess, sys, tempfile
 from functools import lru_cache, partial
 from typing import Any, Callable
 import torch
 import torch.nn.functional as F
 from torch import nn
-from .benchmark import _task, pack, provenance, training_rows, write_json
-from .distillation import predict_logits, save_tensors
-from .evaluation import accuracy, nll
+from .benchmark import _task, provenance, scored, training_rows, write_json
+from .distillation import save_tensors
 from .kronecker import Factors, KroneckerLinear, Spec, _WAYS, kronecker_linear, kroneckerize, way_for
 from .methods import SEARCH_SEEDS, SETTINGS, movie_teacher
 from .studies import STUDIES, study_path
 from .training import CrossEntropy, Hinton, Recipe, Stage, describe, fit
 
-# %% ../nbs/compression.ipynb #0520e236
+# %% ../nbs/compression.ipynb #6e4802ad
 SHAPES = ("kronecker-4", "kronecker-8", "kronecker-21", "low-rank")
 PLAIN = {"2x128": (2, 128), "2x64": (2, 64), "1x32": (1, 32)}
 
+# %% ../nbs/compression.ipynb #dc061ac5
 def low_rank_spec(
     config:Any, # of a BERT
 )->Spec:
@@ -35,7 +35,7 @@ def low_rank_spec(
     return {"*.attention.self.*": (d, 1, attention), "*.attention.output.dense": (d, 1, attention),
             "*.intermediate.dense": (f, 1, ffn), "*.layer.*.output.dense": (d, 1, ffn), "*word_embeddings": (v, 1, words)}
 
-# %% ../nbs/compression.ipynb #0fa3983b
+# %% ../nbs/compression.ipynb #5c7025c8
 @lru_cache(2)
 def _masked_lm()->nn.Module:
     "Stage one's teacher: MiniLM as downloaded, under a masked-LM head that is new."
@@ -44,6 +44,7 @@ def _masked_lm()->nn.Module:
     generator.model.tokenizer = generator.tokenizer
     return generator.model
 
+# %% ../nbs/compression.ipynb #6829de99
 def _small(model:nn.Module, size:str)->nn.Module:
     "`model` at one of the sizes of SHAPES."
     from kdbook.kronecker_bert import bert_spec
@@ -70,14 +71,15 @@ def _pretrained(size:str)->nn.Module:
     student.load_state_dict(load_file(path), strict=False)
     return student
 
-# %% ../nbs/compression.ipynb #4249ea63
+# %% ../nbs/compression.ipynb #ebc89bad
 WAYS = {  # title, whether stage one comes first, the objective of stage two
     "both": ("both stages", True, "layers"), "no_stage_one": ("no stage one", False, "layers"), "no_distillation": ("stage one, then labels alone", True, "labels"),
     "hinton": ("plain KD", False, "hinton"), "alone": ("labels alone", False, "labels"),
 }
-RATES = {"layers": (3e-4, 1e-3, 3e-3), "labels": (1e-4, 3e-4, 1e-3), "plain": (3e-4, 1e-3, 3e-3)}
+RATES = {"layers": (3e-4, 1e-3, 3e-3, 1e-2), "labels": (1e-4, 3e-4, 1e-3), "plain": (3e-4, 1e-3, 3e-3)}
 EPOCHS = 4  # of the task's 2,000 rows
 
+# %% ../nbs/compression.ipynb #9193a4ab
 def compression_recipe(
     way:str, # a key of WAYS
     lr:float, # peak rate
@@ -88,7 +90,7 @@ def compression_recipe(
     if objective == "layers": return recipe(movie_teacher(), EPOCHS, lr, batch_size=40, bf16=True)
     return Recipe((Stage(Hinton() if objective == "hinton" else CrossEntropy(), EPOCHS, lr, 40),))
 
-# %% ../nbs/compression.ipynb #37a2952c
+# %% ../nbs/compression.ipynb #01cbc161
 def _first_student(size:str, way:str, seed:int)->nn.Module:
     "The student before it learns the task."
     from kdbook.kronecker_bert import with_encoder
@@ -97,8 +99,7 @@ def _first_student(size:str, way:str, seed:int)->nn.Module:
     small = _small(movie_teacher(), size)
     return with_encoder(small, _pretrained(size)) if WAYS[way][1] else small
 
-def _rates(size:str, way:str)->tuple[float,...]: return RATES["plain" if size in PLAIN else "layers" if WAYS[way][2] == "layers" else "labels"]
-
+# %% ../nbs/compression.ipynb #65a225f8
 def _trained(size:str, way:str, lr:float, seed:int)->dict[str,Any]:
     "Train one student on the rows of its seed; what a record says of it."
     torch.set_num_threads(1)
@@ -108,19 +109,20 @@ def _trained(size:str, way:str, lr:float, seed:int)->dict[str,Any]:
     record = dict(settings=dict(size=size, way=way, lr=lr, seed=seed, epochs=EPOCHS), parameters=sum(p.numel() for p in run.student.parameters()), best=run.best, **provenance())
     if seed in SEARCH_SEEDS: return record
     record["splits"] = {}
-    for split in (s for s in task if s != "train"):
-        logits, labels = predict_logits(run.student, task[split], progress=False), torch.tensor(task[split]["label"])
-        record["splits"][split] = dict(rows=len(labels), accuracy=accuracy(logits, labels), nll=nll(logits, labels), predictions=pack(logits.argmax(-1).numpy()))
+    for split in (s for s in task if s != "train"): record["splits"][split], _ = scored(run.student, task[split])
     return record
 
-# %% ../nbs/compression.ipynb #5972ac6c
+# %% ../nbs/compression.ipynb #111518a7
+def _rates(size:str, way:str)->tuple[float,...]: return RATES["plain" if size in PLAIN else "layers" if WAYS[way][2] == "layers" else "labels"]
+
+# %% ../nbs/compression.ipynb #909542ed
 def rate_part(size:str, way:str, lr:float)->None:
     "One run of the search over rates, judged on validation rows."
     write_json(_trained(size, way, lr, SEARCH_SEEDS[0]), study_path("compression_rates", size, way, lr))
 
 def rate_parts(seeds:int)->dict[tuple,int]: # arguments of `rate_part` -> how long it is
-    "A search for each line of the comparison, but one for all Kronecker students by both stages: the 8 preset's."
-    searched = [*(("kronecker-8", way) for way in WAYS), ("low-rank", "both"), *((size, way) for size in PLAIN for way in ("hinton", "alone"))]
+    "A search for each line of the comparison."
+    searched = [*((size, "both") for size in SHAPES), *(("kronecker-8", way) for way in WAYS if way != "both"), *((size, way) for size in PLAIN for way in ("hinton", "alone"))]
     return {(size, way, lr): 1 if size in PLAIN else 10 for size, way in searched for lr in _rates(size, way)}
 
 def chosen_rate(
@@ -128,18 +130,18 @@ def chosen_rate(
     way:str, # a key of WAYS
 )->float:
     "The rate with the best validation score; the smaller one on a tie. Raises `FileNotFoundError` where the search has not been run."
-    searched = "kronecker-8" if size in ("kronecker-4", "kronecker-21") else size
     def score(lr:float)->float:
-        path = study_path("compression_rates", searched, way, lr)
+        path = study_path("compression_rates", size, way, lr)
         if not path.exists(): raise FileNotFoundError("no search over rates: python -m kdbook study compression_rates")
         return json.loads(path.read_text(encoding="utf-8"))["best"]["score"]
     return max(_rates(size, way), key=lambda lr: (score(lr), -lr))
 
-# %% ../nbs/compression.ipynb #a77bcd35
+# %% ../nbs/compression.ipynb #c50dbf94
 def compression_part(size:str, way:str, seed:int)->None:
     "Train, score and store one student."
     write_json(_trained(size, way, chosen_rate(size, way), seed), study_path("compression", size, way, seed))
 
+# %% ../nbs/compression.ipynb #90655a65
 def compression_parts(seeds:int)->dict[tuple,int]: # arguments of `compression_part` -> how long it is
     "Every size by both stages, every way for the 8 preset, and the plain students."
     sizes = [(size, "both") for size in ("kronecker-4", "kronecker-21", "kronecker-8", "low-rank")]
@@ -149,11 +151,13 @@ def compression_parts(seeds:int)->dict[tuple,int]: # arguments of `compression_p
 
 STUDIES |= {"compression_rates": (rate_part, rate_parts), "compression": (compression_part, compression_parts)}
 
-# %% ../nbs/compression.ipynb #4e1f5adb
+# %% ../nbs/compression.ipynb #71fdb527
 LAYERS = {  # of the paper's models, for a BERT 768 wide: A, B
     "attention, 21": ((384, 48), (2, 16)), "W1, 21": ((16, 2), (192, 384)), "W2, 21": ((2, 16), (384, 192)),
     "attention, 8": ((384, 384), (2, 2)), "W1, 8": ((8, 2), (384, 384)), "W2, 8": ((2, 8), (384, 384)),
 }
+
+# %% ../nbs/compression.ipynb #4d32e787
 MEMORY = {"fresh": {}, "kept": {"MALLOC_MMAP_THRESHOLD_": "2000000000", "MALLOC_TRIM_THRESHOLD_": "2000000000", "MALLOC_TOP_PAD_": "1000000000"}}
 
 def speed_part(what:str, memory:str)->None:
@@ -163,6 +167,7 @@ def speed_part(what:str, memory:str)->None:
     if run.returncode: raise RuntimeError(f"timing {what!r} failed:\n{run.stderr}")
     write_json(dict(what=what, memory=memory, found=json.loads(run.stdout.splitlines()[-1]), **provenance()), study_path("speed", what, memory))
 
+# %% ../nbs/compression.ipynb #ea785cde
 def side_by_side(
     calls:dict[str,Callable[[],Any]], # what is timed
     rounds:int=5, # of all calls in turn
@@ -174,7 +179,7 @@ def side_by_side(
     found = [{name: timer.timeit(repeats[name]).mean for name, timer in timers.items()} for _ in range(rounds)]
     return {name: statistics.median(each[name] for each in found) for name in calls}
 
-# %% ../nbs/compression.ipynb #6a2b1ff2
+# %% ../nbs/compression.ipynb #e59583fd
 def _forward(layers:list[nn.Module], x:torch.Tensor)->Callable[[],None]:
     @torch.no_grad()
     def call():
@@ -187,6 +192,7 @@ def _training(layers:list[nn.Module], x:torch.Tensor)->Callable[[],None]:
         for layer in layers: layer(x).backward(grad)
     return call
 
+# %% ../nbs/compression.ipynb #fd770206
 def _time_layers()->list[dict]:
     "Dense over Kronecker, for one layer again and again, and for twelve in turn, as a BERT has them."
     found = []
@@ -210,13 +216,14 @@ def _time_ways()->list[dict]:
         found.append(dict(name=name, chosen=f"{best.first} {best.layout}", ratios={w: round(seconds["dense"] / s, 2) for w, s in seconds.items() if w != "dense"}))
     return found
 
-# %% ../nbs/compression.ipynb #4cee50cd
+# %% ../nbs/compression.ipynb #004daf75
 def _encoders()->dict[str,Any]: # name -> a function that makes the model
     from transformers import BertConfig, BertModel
     from kdbook.kronecker_bert import PRESETS, KroneckerBertConfig, KroneckerBertModel, preset
     config = BertConfig()
     return {"BERT-base": lambda: BertModel(config)} | {name: partial(lambda name: KroneckerBertModel(KroneckerBertConfig(kronecker=preset(name, config))), name) for name in PRESETS}
 
+# %% ../nbs/compression.ipynb #18b677b2
 def _time_encoders()->list[dict]:
     "Whole encoders with random weights, 32 texts of 128 words: dense over compressed, and the memory that weights and one forward pass take."
     torch.manual_seed(0)
@@ -227,6 +234,7 @@ def _time_encoders()->list[dict]:
         memory = {name: _peak(f"{folder}/{name}") for name in models}
     return [dict(name=name, parameters=sum(p.numel() for p in model.parameters()), ratio=round(seconds["BERT-base"] / seconds[name], 2), megabytes=memory[name]) for name, model in models.items()]
 
+# %% ../nbs/compression.ipynb #68aa102b
 def _peak(folder:str)->int|None: # megabytes; None where the system does not say
     "Peak memory of a fresh process that loads a model and runs it once, above what it had before."
     code = """import sys, torch, kdbook.kronecker_bert

@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['INPUTS', 'soft_targets', 'reduce_loss', 'soft_target_loss', 'hinton_loss', 'logit_mse', 'logits_of', 'forward',
-           'joined', 'with_column', 'encode', 'Rows', 'length_sorted', 'predict_logits', 'fingerprint', 'whole_file',
-           'save_tensors', 'annotate', 'text_crc', 'results_dir']
+           'joined', 'with_column', 'encode', 'Rows', 'length_sorted', 'predict_logits', 'fingerprint', 'copied',
+           'whole_file', 'save_tensors', 'annotate', 'text_crc', 'results_dir']
 
-# %% ../nbs/distillation.ipynb #f3550df8
-import hashlib, os, warnings, zlib
+# %% ../nbs/distillation.ipynb #1b84c380
+import copy, hashlib, os, warnings, zlib
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Callable, Iterator, Literal
@@ -256,6 +256,14 @@ def fingerprint(
         flat = torch.cat([torch.tensor([len(v) for v in value]), *value]) if isinstance(value, list) else value
         h.update(name.encode()); h.update(flat.contiguous().reshape(-1).view(torch.uint8).numpy())
     return h.hexdigest()[:32]
+
+# %% ../nbs/distillation.ipynb #378732a1
+def copied(
+    model:nn.Module, # with or without a tokenizer
+)->nn.Module: # weights of its own
+    "A deep copy that shares the model's tokenizer."
+    shared = getattr(model, "tokenizer", None)
+    return copy.deepcopy(model, {id(shared): shared})
 
 # %% ../nbs/distillation.ipynb #a69e9349
 @contextmanager

@@ -7,8 +7,7 @@ __all__ = ['Spec', 'other_shape', 'rearranged', 'Factors', 'nearest_kronecker', 
            'Way', 'way_for', 'kronecker_linear', 'KroneckerLinear', 'KroneckerEmbedding', 'spec_layers',
            'replace_layers', 'kroneckerize']
 
-# %% ../nbs/kronecker.ipynb #29e7d392
-import copy
+# %% ../nbs/kronecker.ipynb #f59af4c7
 from fnmatch import fnmatchcase
 from functools import cache
 from importlib import import_module
@@ -17,6 +16,7 @@ import torch
 import torch.nn.functional as F
 import wrapt
 from torch import Tensor, nn
+from .distillation import copied
 
 # %% ../nbs/kronecker.ipynb #74d97ea8
 def other_shape(
@@ -43,7 +43,12 @@ def rearranged(
     (m1, n1), (m2, n2) = shape_a, other_shape(tuple(weight.shape), shape_a)
     return weight.reshape(m1, m2, n1, n2).transpose(1, 2).reshape(m1 * n1, m2 * n2)
 
-# %% ../nbs/kronecker.ipynb #81dce9a6
+# %% ../nbs/kronecker.ipynb #5597cb7d
+def _wide(weight:Tensor, shape_a:tuple[int,int])->tuple[Tensor,bool]: # float64, no taller than wide; whether it was turned for that
+    rows = rearranged(weight.detach(), shape_a).cpu().double()
+    return (rows.T, True) if len(rows) > rows.shape[1] else (rows, False)
+
+# %% ../nbs/kronecker.ipynb #37ddf346
 class Factors(NamedTuple):
     "A sum of Kronecker products: the weight is the sum over r of A_r (x) B_r."
     a:Tensor # (rank, m1, n1)
@@ -54,6 +59,7 @@ class Factors(NamedTuple):
         (_, m1, n1), (_, m2, n2) = self.a.shape, self.b.shape
         return torch.einsum("rij,rpq->ipjq", self.a, self.b).reshape(m1 * m2, n1 * n2)
 
+# %% ../nbs/kronecker.ipynb #9717e56a
 def nearest_kronecker(
     weight:Tensor, # (m, n)
     shape_a:tuple[int,int], # (m1, n1): divisors of m and n
@@ -62,24 +68,21 @@ def nearest_kronecker(
     "The nearest sum of Kronecker products in the Frobenius norm (Tahaei et al. 2022): singular vectors of `rearranged`, from the Gram matrix of its small side."
     m2, n2 = other_shape(tuple(weight.shape), shape_a, rank)
     if weight.is_meta: raise ValueError("the weight is on the meta device and has no values yet: load the model first")
-    wide = rearranged(weight.detach(), shape_a).cpu().double()
-    tall = len(wide) > wide.shape[1]
-    if tall: wide = wide.T
+    wide, turned = _wide(weight, shape_a)
     short = torch.linalg.eigh(wide @ wide.T).eigenvectors.flip(1)[:, :rank].T  # largest singular value first
     long = short @ wide
     root = long.norm(dim=1, keepdim=True).sqrt()  # from the product, which is exact where the Gram matrix has rounded
     a, b = short * root, long / root.clamp(min=1e-150)
-    if tall: a, b = b, a
+    if turned: a, b = b, a
     return Factors(a.reshape(rank, *shape_a).to(weight).contiguous(), b.reshape(rank, m2, n2).to(weight).contiguous())
 
-# %% ../nbs/kronecker.ipynb #f353f579
+# %% ../nbs/kronecker.ipynb #82f32384
 def kronecker_error(
     weight:Tensor, # (m, n)
     shape_a:tuple[int,int], # (m1, n1)
 )->Tensor: # (bound + 1,), float64: entry R is the relative error in the Frobenius norm with the best R products
     "What every rank leaves over, from the singular values alone; no factors are made."
-    wide = rearranged(weight.detach(), shape_a).cpu().double()
-    if len(wide) > wide.shape[1]: wide = wide.T
+    wide, _ = _wide(weight, shape_a)
     squares = torch.linalg.eigvalsh(wide @ wide.T).clamp(min=0)
     left = torch.cat([torch.zeros(1, dtype=squares.dtype), squares.cumsum(0)]).flip(0)
     return (left / left[0].clamp(min=1e-300)).sqrt()
@@ -113,12 +116,13 @@ def flops(
     (m1, n1), (m2, n2) = shape_a, shape_b
     return dict(b=(2*n2 - 1) * m2 * n1 + (2*n1 - 1) * m2 * m1, a=(2*n1 - 1) * n2 * m1 + (2*n2 - 1) * m2 * m1)
 
-# %% ../nbs/kronecker.ipynb #bcf12708
+# %% ../nbs/kronecker.ipynb #690d3e24
 class Way(NamedTuple):
     "How an input is multiplied."
     first:Literal["a","b"] # the factor that comes first
-    layout:Literal["rows","columns"] # "rows": one small product per input vector; "columns": one large product, and a transpose
+    layout:Literal["rows","columns"] # how A multiplies. "rows": one small product per input vector; "columns": one large product, and a transpose
 
+# %% ../nbs/kronecker.ipynb #eda083bc
 def way_for(
     shape_a:tuple[int,int], # (m1, n1)
     shape_b:tuple[int,int], # (m2, n2)
@@ -143,10 +147,11 @@ def kronecker_linear(
     y = _WAYS[way](x.reshape(-1, n1, n2), a, b, None if bias is None else bias.view(m1, m2))
     return y.reshape(*x.shape[:-1], m1 * m2)
 
-# %% ../nbs/kronecker.ipynb #8e87e5f0
+# %% ../nbs/kronecker.ipynb #b9b9c09a
 def _abreast(factor:Tensor)->Tensor: # (rank, m, n) -> (m, rank*n)
     return factor[0] if len(factor) == 1 else factor.transpose(0, 1).flatten(1)
 
+# %% ../nbs/kronecker.ipynb #4bbdb0a6
 def _b_rows(x:Tensor, a:Tensor, b:Tensor, bias:Tensor|None)->Tensor: # all four: (rows, n1, n2) -> (rows, m1, m2)
     (rank, m1, n1), m2 = a.shape, b.shape[1]
     z = F.linear(x, b.flatten(0, 1)).view(-1, n1, rank, m2).transpose(1, 2).reshape(-1, rank * n1, m2)
@@ -160,12 +165,13 @@ def _a_rows(x:Tensor, a:Tensor, b:Tensor, bias:Tensor|None)->Tensor:
     y = F.linear(z.reshape(-1, m1, rank * n2), _abreast(b))
     return y if bias is None else y.add_(bias)
 
-# %% ../nbs/kronecker.ipynb #d42d25c0
+# %% ../nbs/kronecker.ipynb #b4bcf6a7
 def _interleaved(y:Tensor)->Tensor: # (rows, m2, m1) -> (rows, m1, m2)
     pairs = y.shape[1] == 2 and y.device.type == "cpu" and y.dtype in (torch.float32, torch.float64)
     if not pairs or torch.compiler.is_compiling() or torch.jit.is_tracing(): return y.transpose(1, 2).contiguous()  # what exporters know
     return torch.view_as_real(torch.complex(*y.unbind(1)))
 
+# %% ../nbs/kronecker.ipynb #0a4ae8e8
 def _b_columns(x:Tensor, a:Tensor, b:Tensor, bias:Tensor|None)->Tensor:
     (rank, m1, n1), m2 = a.shape, b.shape[1]
     z = torch.bmm(b.flatten(0, 1).expand(x.shape[0], -1, -1), x.transpose(1, 2))
@@ -181,7 +187,7 @@ def _a_columns(x:Tensor, a:Tensor, b:Tensor, bias:Tensor|None)->Tensor:
 
 _WAYS = {Way("b", "rows"): _b_rows, Way("b", "columns"): _b_columns, Way("a", "rows"): _a_rows, Way("a", "columns"): _a_columns}
 
-# %% ../nbs/kronecker.ipynb #88104b99
+# %% ../nbs/kronecker.ipynb #57189c95
 class _Factored(nn.Module):
     "A layer whose weight is a sum of Kronecker products."
     def __init__(self, shape:tuple[int,int], shape_a:tuple[int,int], rank:int):
@@ -199,6 +205,7 @@ class _Factored(nn.Module):
     def _spread(self, std:float)->None:
         for factor in (self.a, self.b): nn.init.normal_(factor, std=(std / len(factor)**.5)**.5)
 
+# %% ../nbs/kronecker.ipynb #881b5012
 @torch.no_grad()
 def _filled(new:nn.Module, values:dict[str,Tensor], old:nn.Module)->nn.Module:
     "`new` with these values, and the old layer's bias, mode and device."
@@ -334,7 +341,7 @@ def _kronecker(layer:nn.Linear|nn.Embedding, name:str, entry:tuple[int,...], dec
         return KroneckerLinear(layer.in_features, layer.out_features, shape_a, rank, layer.bias is not None)
     except (ValueError, TypeError) as e: raise type(e)(f"{name}: {e}") from None
 
-# %% ../nbs/kronecker.ipynb #2ca82306
+# %% ../nbs/kronecker.ipynb #fac72410
 def kroneckerize(
     model:nn.Module, # any with Linear or Embedding layers; left untouched
     spec:Spec|str, # which layers, and their first factors; or, for a BERT, a name of `PRESETS`
@@ -346,13 +353,9 @@ def kroneckerize(
     with torch.random.fork_rng(devices=[]):  # layers draw random weights before they get their own
         if kind == "bert": return import_module("kdbook.kronecker_bert").from_bert(model, spec)
         if isinstance(spec, str): raise ValueError(f"the preset {spec!r} is for dense BERT models, not for {type(model).__name__}: give a spec, such as {{'*.dense': (16, 2)}}")
-        small = replace_layers(_copied(model), spec)
+        small = replace_layers(copied(model), spec)
     if kind == "kronecker-bert": small.config.kronecker = small.config.kronecker | {pattern: list(entry) for pattern, entry in spec.items()}
     return small
-
-def _copied(model:nn.Module)->nn.Module:
-    shared = getattr(model, "tokenizer", None)
-    return copy.deepcopy(model, {id(shared): shared})  # tokenizers hold no weights and are slow to copy
 
 # %% ../nbs/kronecker.ipynb #5a422052
 _IN_BERT = ("KroneckerBertConfig", "KroneckerBertModel", "KroneckerBertForSequenceClassification", "KroneckerBertForMaskedLM", "PRESETS", "preset", "bert_spec",

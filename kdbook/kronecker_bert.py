@@ -8,15 +8,15 @@ __all__ = ['PRESETS', 'KroneckerBertConfig', 'bert_spec', 'preset', 'KroneckerBe
            'inside', 'intermediate_losses', 'at_holes', 'PretrainingKD', 'TaskKD', 'pretraining_recipe', 'recipe',
            'with_encoder']
 
-# %% ../nbs/kronecker_bert.ipynb #3a2080c5
+# %% ../nbs/kronecker_bert.ipynb #c1ba604b
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any, Iterator, NamedTuple
 import torch
 from torch import Tensor, nn
 from transformers import AutoModel, AutoModelForMaskedLM, AutoModelForSequenceClassification, BertForMaskedLM, BertForSequenceClassification, BertModel
-from .distillation import forward, logit_mse, logits_of, soft_target_loss
-from .kronecker import Spec, _Factored, _bert_config, _copied, replace_layers
+from .distillation import copied, forward, logit_mse, logits_of, soft_target_loss
+from .kronecker import Spec, _Factored, _bert_config, replace_layers
 from .training import Loss, Progress, Recipe, Stage, label_loss
 from .words import mask_tokens
 
@@ -84,14 +84,14 @@ _CLASSES = {BertModel: (KroneckerBertModel, AutoModel), BertForSequenceClassific
             BertForMaskedLM: (KroneckerBertForMaskedLM, AutoModelForMaskedLM)}
 for _mine, _auto in _CLASSES.values(): _auto.register(KroneckerBertConfig, _mine)
 
-# %% ../nbs/kronecker_bert.ipynb #426f5915
+# %% ../nbs/kronecker_bert.ipynb #7545affe
 def from_bert(
     model:nn.Module, # a Hugging Face BERT; left untouched
     spec:Spec|str, # as in `kroneckerize`
 )->nn.Module: # a KroneckerBERT, or for other heads a copy with Kronecker layers
     "What `kroneckerize` does with a BERT."
     spec = preset(spec, model.config) if isinstance(spec, str) else spec
-    small = replace_layers(_copied(model), spec)
+    small = replace_layers(copied(model), spec)
     if type(model) not in _CLASSES:
         small.save_pretrained = partial(_unstorable, type(model).__name__)
         return small
@@ -235,7 +235,7 @@ class TaskKD(_FromInside):
         losses = self.losses(student, kept, theirs, batch) | dict(logits=apart, labels=label_loss(logits, batch["labels"]))
         return Loss(sum(losses.values()), {name: value.detach() for name, value in losses.items()})
 
-# %% ../nbs/kronecker_bert.ipynb #58fd6319
+# %% ../nbs/kronecker_bert.ipynb #ff473320
 def pretraining_recipe(
     teacher:nn.Module|None=None, # a BERT with a masked-LM head
     epochs:int=3, # passes over text without labels
@@ -247,6 +247,7 @@ def pretraining_recipe(
     "Stage one."
     return Recipe((Stage(PretrainingKD(teacher, mask_rate, bf16), epochs, lr, batch_size, name="pre-training"),))
 
+# %% ../nbs/kronecker_bert.ipynb #48fba15b
 def recipe(
     teacher:nn.Module|None=None, # a BERT fine-tuned on the task
     epochs:int=10, # passes over the task's rows

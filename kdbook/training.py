@@ -7,15 +7,15 @@ __all__ = ['Progress', 'Loss', 'Objective', 'label_loss', 'CrossEntropy', 'Hinto
            'describe', 'Callback', 'lr_factor', 'mix_seed', 'LengthBuckets', 'stage_rows', 'check_recipe', 'score',
            'Run', 'fit']
 
-# %% ../nbs/training.ipynb #5ce61b5c
-import copy, hashlib, os, re
+# %% ../nbs/training.ipynb #1d2ebaee
+import hashlib, os, re
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Callable, Literal, Protocol
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from .distillation import Rows, encode, fingerprint, forward, hinton_loss, length_sorted, logit_mse, reduce_loss, whole_file, _pad_id, _run
+from .distillation import Rows, copied, encode, fingerprint, forward, hinton_loss, length_sorted, logit_mse, reduce_loss, whole_file, _pad_id, _run
 
 # %% ../nbs/training.ipynb #324ce1e0
 @dataclass(frozen=True)
@@ -434,7 +434,7 @@ def _run_stage(loop:_Loop, number:int, index:list[int], state:dict[str,Any]|None
     for callback in loop.run.recipe.callbacks: callback.after_stage(loop.run, progress)
     if stage.reload_best and loop.best_weights is not None: loop.bare().load_state_dict(loop.best_weights)
 
-# %% ../nbs/training.ipynb #d3faa0de
+# %% ../nbs/training.ipynb #0231d1b2
 def _prepare(student:nn.Module, recipe:Recipe, train:Any, validation:Any, seed:int, tokenizer:Any, max_length:int, metric:Callable,
              checkpoint:str|Path|None, micro_batches:int, mixed_precision:str, progress:bool)->_Loop:
     try:
@@ -445,8 +445,7 @@ def _prepare(student:nn.Module, recipe:Recipe, train:Any, validation:Any, seed:i
     # Accelerate holds one precision per process and refuses a second one; two calls of `fit` may well differ.
     if AcceleratorState._shared_state and AcceleratorState().mixed_precision != mixed_precision: AcceleratorState._reset_state()
     accelerator = Accelerator(mixed_precision=mixed_precision)
-    shared = getattr(student, "tokenizer", None)
-    student = copy.deepcopy(student, {id(shared): shared})  # tokenizers hold no weights and are slow to copy
+    student = copied(student)
     columns = sorted({"label", *(c for s in recipe.stages for name in ("requires", "optional") for c in getattr(s.objective, name, ()))})
     pad = _pad_id(student, tokenizer)
     rows = Rows(encode(train, student, tokenizer, max_length), columns, pad)

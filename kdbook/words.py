@@ -7,14 +7,14 @@ __all__ = ['GRAMMAR', 'pieces_of', 'word_places', 'delete_words', 'swap_words', 
            'like_case', 'nearest_words', 'replace_words', 'SentenceVectors', 'sentence_vectors', 'mask_tokens',
            'MaskedGenerator', 'masked_generator', 'MaskedLM', 'warm_up', 'fill_words']
 
-# %% ../nbs/words.ipynb #a82f5fe4
-import copy, random, re, zlib
+# %% ../nbs/words.ipynb #21bd5ada
+import random, re, warnings, zlib
 from functools import lru_cache
 from typing import Any, Callable, Iterable
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from .distillation import Rows, encode, fingerprint, predict_logits, save_tensors
+from .distillation import Rows, copied, encode, fingerprint, predict_logits, save_tensors
 from .models import load_tokenizer, teacher, _hub, _seeded, _transformers, _vocabulary, _whole
 from .training import Loss, Progress, Recipe, Stage, fit, label_loss
 
@@ -177,7 +177,7 @@ def replace_words(
         return "".join(pieces)
     return [one(text) for text in texts]
 
-# %% ../nbs/words.ipynb #5e059590
+# %% ../nbs/words.ipynb #66a0a4c5
 class SentenceVectors(nn.Module):
     "MiniLM as it came, giving a vector of length one for each sentence; every place that takes a classifier takes it."
     def __init__(self, name:str="minilm"):
@@ -189,6 +189,7 @@ class SentenceVectors(nn.Module):
         states = self.encoder(input_ids, attention_mask).last_hidden_state * attention_mask[..., None]
         return F.normalize(states.sum(1), dim=-1)
 
+# %% ../nbs/words.ipynb #d9abe43d
 @lru_cache(1)
 def _vectors_model()->SentenceVectors: return SentenceVectors().eval()
 
@@ -272,7 +273,7 @@ class MaskedLM:
         if not where.any(): where[:, 0] = True  # a batch needs a hole; its first token is special and soon forgotten
         return Loss(label_loss(student(covered, batch["attention_mask"], where), bare.targets(batch["input_ids"][where])))
 
-# %% ../nbs/words.ipynb #d06eb0d6
+# %% ../nbs/words.ipynb #196f5698
 def warm_up(
     generator:MaskedGenerator, # left untouched
     dataset:"datasets.Dataset", # rows with `text`; labels are not read
@@ -283,16 +284,19 @@ def warm_up(
     progress:bool=True, # a bar
 )->MaskedGenerator: # a trained copy, read from the user's cache when it was made before
     "The generator after a short training on sentences like those it is to fill."
+    from safetensors import SafetensorError
     from safetensors.torch import load_file
     from kdbook.data import cache_dir
     rows, recipe = encode(dataset.select_columns(["text"]), generator), Recipe((Stage(MaskedLM(), epochs, lr, 32, name="warm-up"),))
-    warm = _for_text(copy.deepcopy(generator, {id(generator.tokenizer): generator.tokenizer}), rows["input_ids"], least)
+    warm = _for_text(copied(generator), rows["input_ids"], least)
     path = cache_dir() / "generator" / f"{fingerprint(warm, Rows(rows), 32)}-{epochs}-{lr:g}-{seed}.safetensors"
-    if not path.exists():
-        trained = fit(warm, recipe, rows, seed=seed, progress=progress).student
-        save_tensors({name: p.detach().contiguous() for name, p in trained.named_parameters() if p.requires_grad}, path)
-    warm.load_state_dict(load_file(path), strict=False)
-    return warm.eval()
+    if path.exists():
+        warm.load_state_dict(load_file(path), strict=False)
+        return warm.eval()
+    trained = fit(warm, recipe, rows, seed=seed, progress=progress).student.eval()
+    try: save_tensors({name: p.detach().contiguous() for name, p in trained.named_parameters() if p.requires_grad}, path)
+    except (OSError, SafetensorError) as e: warnings.warn(f"{path} cannot be written, so nothing is kept for next time: {e}")
+    return trained
 
 def _for_text(generator:MaskedGenerator, rows:list[list[int]], least:int)->MaskedGenerator:
     "The words of a text become the vocabulary; a new output layer starts from how frequent they are."
