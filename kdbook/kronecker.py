@@ -171,10 +171,11 @@ def _interleaved(y:Tensor)->Tensor: # (rows, m2, m1) -> (rows, m1, m2)
     if not pairs or torch.compiler.is_compiling() or torch.jit.is_tracing(): return y.transpose(1, 2).contiguous()  # what exporters know
     return torch.view_as_real(torch.complex(*y.unbind(1)))
 
-# %% ../nbs/kronecker.ipynb #0a4ae8e8
+# %% ../nbs/kronecker.ipynb #b6b00e99
 def _b_columns(x:Tensor, a:Tensor, b:Tensor, bias:Tensor|None)->Tensor:
     (rank, m1, n1), m2 = a.shape, b.shape[1]
-    z = torch.bmm(b.flatten(0, 1).expand(x.shape[0], -1, -1), x.transpose(1, 2))
+    if n1 < 16: z = F.linear(x, b.flatten(0, 1)).transpose(1, 2)  # as low rank has it; many thin products would be slow
+    else: z = torch.bmm(b.flatten(0, 1).expand(x.shape[0], -1, -1), x.transpose(1, 2))
     if rank > 1: z = z.view(-1, rank, m2, n1).transpose(1, 2).flatten(2)
     y = _interleaved(F.linear(z, _abreast(a)))
     return y if bias is None else y + bias if y.requires_grad else y.add_(bias)  # in place would copy the gradients

@@ -177,15 +177,30 @@ def test_onnx(spec, tmp_path):
         np.testing.assert_allclose(logits, small(**inputs).logits.detach().numpy(), atol=1e-4)
 
 
+@pytest.mark.parametrize("n, m, shape_a, rank", [(96, 96, (48, 32), 2), (96, 96, (48, 48), 1), (64, 48, (48, 1), 5), (96, 64, (64, 24), 3), (768, 768, (384, 48), 1)])
+@pytest.mark.parametrize("train", [False, True])
+def test_layers_of_every_kind_of_shape(n, m, shape_a, rank, train):
+    "Wide and thin first factors, halves that are dealt out, sums, low rank: values and all gradients of the dense layer."
+    torch.manual_seed(0)
+    layer = kr.KroneckerLinear(n, m, shape_a, rank).double()
+    x, grad = torch.randn(5, 3, n, dtype=torch.float64, requires_grad=train), torch.randn(5, 3, m, dtype=torch.float64)
+    if not train:
+        with torch.no_grad(): torch.testing.assert_close(layer(x), x @ layer.factors.product().T + layer.bias)
+        return
+    wanted = (x, *layer.parameters())
+    ours, dense = layer(x), x @ layer.factors.product().T + layer.bias
+    for got, want in zip(torch.autograd.grad(ours, wanted, grad), torch.autograd.grad(dense, wanted, grad)): torch.testing.assert_close(got, want)
+
+
 @pytest.mark.parametrize("way", list(kr._WAYS), ids=" ".join)
-@pytest.mark.parametrize("rank", [1, 2])
-def test_onnx_for_every_way(way, rank, tmp_path):
+@pytest.mark.parametrize("shape_a, rank", [((12, 6), 1), ((12, 24), 2)])
+def test_onnx_for_every_way(way, shape_a, rank, tmp_path):
     "No way bakes the example's batch size into the graph."
     runtime = pytest.importorskip("onnxruntime"); pytest.importorskip("onnxscript")
-    layer, free = kr.KroneckerLinear(12, 24, (12, 6), rank), {0: torch.export.Dim.DYNAMIC, 1: torch.export.Dim.DYNAMIC}
+    layer, free = kr.KroneckerLinear(48, 24, shape_a, rank), {0: torch.export.Dim.DYNAMIC, 1: torch.export.Dim.DYNAMIC}
     layer.way = way
-    torch.onnx.export(layer, (torch.randn(3, 4, 12),), f=tmp_path / "layer.onnx", dynamo=True, input_names=["x"], dynamic_shapes=(free,), verbose=False)
-    x = torch.randn(5, 2, 12)
+    torch.onnx.export(layer, (torch.randn(3, 4, 48),), f=tmp_path / "layer.onnx", dynamo=True, input_names=["x"], dynamic_shapes=(free,), verbose=False)
+    x = torch.randn(5, 2, 48)
     y, = runtime.InferenceSession(str(tmp_path / "layer.onnx")).run(None, {"x": x.numpy()})
     np.testing.assert_allclose(y, layer(x).detach().numpy(), atol=1e-5)
 
