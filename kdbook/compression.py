@@ -157,12 +157,12 @@ LAYERS = {  # of the paper's models, for a BERT 768 wide: A, B
     "attention, 8": ((384, 384), (2, 2)), "W1, 8": ((8, 2), (384, 384)), "W2, 8": ((2, 8), (384, 384)),
 }
 
-# %% ../nbs/compression.ipynb #a8a8fa91
+# %% ../nbs/compression.ipynb #723ff2ac
 PROCESSES = 3  # for each part
 MEMORY = {"fresh": {}, "kept": {"MALLOC_MMAP_THRESHOLD_": "2000000000", "MALLOC_TRIM_THRESHOLD_": "2000000000", "MALLOC_TOP_PAD_": "1000000000"}}
 
 def speed_part(what:str, memory:str)->None:
-    "Time one of TIMED on two threads in three processes, and store median ratios. Memory is \"fresh\", or \"kept\": what is freed stays with the process (glibc)."
+    "Time one of TIMED on two threads in three processes, and store the median of their ratios. Memory is \"fresh\", or \"kept\": what is freed stays with the process (glibc)."
     found = _median([_in_process(what, memory) for _ in range(PROCESSES)])
     write_json(dict(what=what, memory=memory, processes=PROCESSES, found=found, **provenance()), study_path("speed", what, memory))
 
@@ -180,17 +180,17 @@ def _median(values:list)->Any:
     if isinstance(first, list): return [_median(list(each)) for each in zip(*values)]
     return statistics.median(values) if isinstance(first, (int, float)) else first
 
-# %% ../nbs/compression.ipynb #ad6df7dc
+# %% ../nbs/compression.ipynb #4ffbdfc8
 def side_by_side(
     calls:dict[str,Callable[[],Any]], # what is timed
-    rounds:int=3, # of all calls in turn
-)->dict[str,float]: # seconds per call, median of the rounds
-    "Time several calls in turn on two threads, a twentieth of a second or more each."
+    rounds:int=6, # of all calls in turn
+)->dict[str,float]: # seconds per call, in the quickest round: what else the machine does only adds to it
+    "Time several calls in turn on two threads, a thirtieth of a second or more each."
     from torch.utils.benchmark import Timer
     timers = {name: Timer("call()", globals={"call": call}, num_threads=2) for name, call in calls.items()}
-    repeats = {name: max(1, int(.05 / timer.timeit(2).mean)) for name, timer in timers.items()}
+    repeats = {name: max(1, int(.03 / timer.timeit(2).mean)) for name, timer in timers.items()}
     found = [{name: timer.timeit(repeats[name]).mean for name, timer in timers.items()} for _ in range(rounds)]
-    return {name: statistics.median(each[name] for each in found) for name in calls}
+    return {name: min(each[name] for each in found) for name in calls}
 
 # %% ../nbs/compression.ipynb #e59583fd
 def _forward(layers:list[nn.Module], x:torch.Tensor)->Callable[[],None]:
@@ -217,14 +217,14 @@ def _time_layers()->list[dict]:
             found.append(dict(name=name, a=a, b=b, rows=rows, stack=stack, what=what, ratio=round(seconds["dense"] / seconds["kronecker"], 2)))
     return found
 
-# %% ../nbs/compression.ipynb #92ba90ed
+# %% ../nbs/compression.ipynb #71a1f070
 def _time_ways()->list[dict]:
     "Every way of multiplying, without bias, 4,096 rows: dense over that way."
     found = []
     for name, (a, b) in LAYERS.items():
         factors, x = Factors(torch.randn(1, *a), torch.randn(1, *b)), torch.randn(4096, a[1] * b[1])
         weight = factors.product()
-        seconds = side_by_side({"dense": lambda: F.linear(x, weight), **{f"{w.first} {w.layout}": partial(kronecker_linear, x, factors, None, w) for w in _WAYS}})
+        seconds = side_by_side({"dense": lambda: F.linear(x, weight), **{f"{w.first} {w.layout}": partial(kronecker_linear, x, factors, None, w) for w in _WAYS}}, 3)
         best = way_for(a, b)
         found.append(dict(name=name, chosen=f"{best.first} {best.layout}", ratios={w: round(seconds["dense"] / s, 2) for w, s in seconds.items() if w != "dense"}))
     return found
@@ -236,12 +236,12 @@ def _encoders()->dict[str,Any]: # name -> a function that makes the model
     config = BertConfig()
     return {"BERT-base": lambda: BertModel(config)} | {name: partial(lambda name: KroneckerBertModel(KroneckerBertConfig(kronecker=preset(name, config))), name) for name in PRESETS}
 
-# %% ../nbs/compression.ipynb #73ac229c
+# %% ../nbs/compression.ipynb #9f2ed865
 def _time_encoders()->list[dict]:
     "Whole encoders with random weights, 32 texts of 128 words: dense over compressed, and the memory that weights and one forward pass take."
     torch.manual_seed(0)
     models, ids = {name: make().eval() for name, make in _encoders().items()}, torch.randint(1000, 2000, (32, 128))
-    seconds = side_by_side({name: _forward([model], ids) for name, model in models.items()})
+    seconds = side_by_side({name: _forward([model], ids) for name, model in models.items()}, 2)
     with tempfile.TemporaryDirectory() as folder:
         for name, model in models.items(): model.save_pretrained(f"{folder}/{name}")
         memory = {name: _peak(f"{folder}/{name}") for name in models}

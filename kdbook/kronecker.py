@@ -132,21 +132,6 @@ def way_for(
     first = "b" if cost["b"] <= cost["a"] else "a"
     return Way(first, "rows" if shape_b[0 if first == "b" else 1] >= 16 else "columns")
 
-# %% ../nbs/kronecker.ipynb #fbab10a4
-def kronecker_linear(
-    x:Tensor, # (..., n)
-    factors:Factors, # n1*n2 = n
-    bias:Tensor|None=None, # (m,)
-    way:Way|None=None, # default: what `way_for` says
-)->Tensor: # (..., m)
-    "The product of the factors' weight with each input vector, plus the bias; the weight is never made. Raises `ValueError` for inputs of another width."
-    a, b, (m1, n1), (m2, n2) = *factors, factors.a.shape[1:], factors.b.shape[1:]
-    if x.shape[-1] != n1 * n2: raise ValueError(f"inputs are {x.shape[-1]} wide, but the factors {m1}x{n1} and {m2}x{n2} want {n1 * n2}")
-    way = way or way_for((m1, n1), (m2, n2))
-    if way not in _WAYS: raise ValueError(f"way must be one of {', '.join(map(str, _WAYS))}; got {way!r}")
-    y = _WAYS[way](x.reshape(-1, n1, n2), a, b, None if bias is None else bias.view(m1, m2))
-    return y.reshape(*x.shape[:-1], m1 * m2)
-
 # %% ../nbs/kronecker.ipynb #b9b9c09a
 def _abreast(factor:Tensor)->Tensor: # (rank, m, n) -> (m, rank*n)
     return factor[0] if len(factor) == 1 else factor.transpose(0, 1).flatten(1)
@@ -187,6 +172,21 @@ def _a_columns(x:Tensor, a:Tensor, b:Tensor, bias:Tensor|None)->Tensor:
     return y if bias is None else y.add_(bias)
 
 _WAYS = {Way("b", "rows"): _b_rows, Way("b", "columns"): _b_columns, Way("a", "rows"): _a_rows, Way("a", "columns"): _a_columns}
+
+# %% ../nbs/kronecker.ipynb #fbab10a4
+def kronecker_linear(
+    x:Tensor, # (..., n)
+    factors:Factors, # n1*n2 = n
+    bias:Tensor|None=None, # (m,)
+    way:Way|None=None, # default: what `way_for` says
+)->Tensor: # (..., m)
+    "The product of the factors' weight with each input vector, plus the bias; the weight is never made. Raises `ValueError` for inputs of another width."
+    a, b, (m1, n1), (m2, n2) = *factors, factors.a.shape[1:], factors.b.shape[1:]
+    if x.shape[-1] != n1 * n2: raise ValueError(f"inputs are {x.shape[-1]} wide, but the factors {m1}x{n1} and {m2}x{n2} want {n1 * n2}")
+    way = way or way_for((m1, n1), (m2, n2))
+    if way not in _WAYS: raise ValueError(f"way must be one of {', '.join(map(str, _WAYS))}; got {way!r}")
+    y = _WAYS[way](x.reshape(-1, n1, n2), a, b, None if bias is None else bias.view(m1, m2))
+    return y.reshape(*x.shape[:-1], m1 * m2)
 
 # %% ../nbs/kronecker.ipynb #57189c95
 class _Factored(nn.Module):
