@@ -134,3 +134,12 @@ def test_a_warm_up_is_read_back_from_the_cache(monkeypatch):
     again = w.warm_up(w.masked_generator(), data, progress=False)
     assert all(torch.equal(a, b) for a, b in zip(first.state_dict().values(), again.state_dict().values()))
     assert len(first.vocabulary) < 2000
+
+
+def test_a_warm_up_that_cannot_be_kept_is_still_given(monkeypatch):
+    data = load_task("movies")["train"].select(range(64))
+    def full(*args): raise OSError("no space left")
+    monkeypatch.setattr(w, "save_tensors", full)
+    monkeypatch.setattr(w, "fit", lambda model, *args, **how: type("Run", (), {"student": model}))
+    with pytest.warns(UserWarning, match="no space left"): warm = w.warm_up(w.masked_generator(), data, seed=77, progress=False)
+    assert isinstance(warm, w.MaskedGenerator) and not warm.training
