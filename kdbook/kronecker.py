@@ -132,11 +132,11 @@ def way_for(
     first = "b" if cost["b"] <= cost["a"] else "a"
     return Way(first, "rows" if shape_b[0 if first == "b" else 1] >= 16 else "columns")
 
-# %% ../nbs/kronecker.ipynb #b9b9c09a
+# %% ../nbs/kronecker.ipynb #9517ee0d
 def _abreast(factor:Tensor)->Tensor: # (rank, m, n) -> (m, rank*n)
     return factor[0] if len(factor) == 1 else factor.transpose(0, 1).flatten(1)
 
-# %% ../nbs/kronecker.ipynb #4bbdb0a6
+# %% ../nbs/kronecker.ipynb #94b169af
 def _b_rows(x:Tensor, a:Tensor, b:Tensor, bias:Tensor|None)->Tensor: # all four: (rows, n1, n2) -> (rows, m1, m2)
     (rank, m1, n1), m2 = a.shape, b.shape[1]
     z = F.linear(x, b.flatten(0, 1)).view(-1, n1, rank, m2).transpose(1, 2).reshape(-1, rank * n1, m2)
@@ -150,20 +150,21 @@ def _a_rows(x:Tensor, a:Tensor, b:Tensor, bias:Tensor|None)->Tensor:
     y = F.linear(z.reshape(-1, m1, rank * n2), _abreast(b))
     return y if bias is None else y.add_(bias)
 
-# %% ../nbs/kronecker.ipynb #b4bcf6a7
+# %% ../nbs/kronecker.ipynb #2f6f8309
 def _interleaved(y:Tensor)->Tensor: # (rows, m2, m1) -> (rows, m1, m2)
     pairs = y.shape[1] == 2 and y.device.type == "cpu" and y.dtype in (torch.float32, torch.float64)
     if not pairs or torch.compiler.is_compiling() or torch.jit.is_tracing(): return y.transpose(1, 2).contiguous()  # what exporters know
     return torch.view_as_real(torch.complex(*y.unbind(1)))
 
-# %% ../nbs/kronecker.ipynb #b6b00e99
+# %% ../nbs/kronecker.ipynb #ec673e25
 def _b_columns(x:Tensor, a:Tensor, b:Tensor, bias:Tensor|None)->Tensor:
     (rank, m1, n1), m2 = a.shape, b.shape[1]
     if n1 < 16: z = F.linear(x, b.flatten(0, 1)).transpose(1, 2)  # as low rank has it; many thin products would be slow
     else: z = torch.bmm(b.flatten(0, 1).expand(x.shape[0], -1, -1), x.transpose(1, 2))
     if rank > 1: z = z.view(-1, rank, m2, n1).transpose(1, 2).flatten(2)
     y = _interleaved(F.linear(z, _abreast(a)))
-    return y if bias is None else y + bias if y.requires_grad else y.add_(bias)  # in place would copy the gradients
+    if bias is None: return y
+    return y + bias if y.requires_grad or torch.jit.is_tracing() else y.add_(bias)  # in place would copy the gradients
 
 def _a_columns(x:Tensor, a:Tensor, b:Tensor, bias:Tensor|None)->Tensor:
     (rank, m1, n1), (_, m2, n2) = a.shape, b.shape

@@ -192,6 +192,19 @@ def test_layers_of_every_kind_of_shape(n, m, shape_a, rank, train):
     for got, want in zip(torch.autograd.grad(ours, wanted, grad), torch.autograd.grad(dense, wanted, grad)): torch.testing.assert_close(got, want)
 
 
+@pytest.mark.filterwarnings("ignore")  # tracing warns of every shape it reads
+@pytest.mark.parametrize("shape_a, rank", [((48, 48), 1), ((48, 32), 2), ((24, 1), 5)])
+def test_layers_under_other_tools(shape_a, rank):
+    "Autocast, half precision, vmap, tracing, the compiler's front end, no rows at all: the dense layer's values."
+    torch.manual_seed(0)
+    layer, x = kr.KroneckerLinear(96, 96, shape_a, rank), torch.randn(4, 3, 96)
+    want = layer.to_dense()(x)
+    with torch.autocast("cpu", torch.bfloat16): torch.testing.assert_close(layer(x).float(), want, atol=.1, rtol=.1)
+    for found in (torch.func.vmap(layer)(x), torch.jit.trace(layer, x[:2])(x), torch.compile(layer, backend="aot_eager")(x)): torch.testing.assert_close(found, want, atol=1e-5, rtol=1e-4)
+    assert layer(x[:0]).shape == (0, 3, 96)
+    torch.testing.assert_close(layer.bfloat16()(x.bfloat16()).float(), want, atol=.1, rtol=.1)
+
+
 @pytest.mark.parametrize("way", list(kr._WAYS), ids=" ".join)
 @pytest.mark.parametrize("shape_a, rank", [((12, 6), 1), ((12, 24), 2)])
 def test_onnx_for_every_way(way, shape_a, rank, tmp_path):
