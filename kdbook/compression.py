@@ -115,7 +115,7 @@ def _trained(size:str, way:str, lr:float, seed:int)->dict[str,Any]:
 # %% ../nbs/compression.ipynb #111518a7
 def _rates(size:str, way:str)->tuple[float,...]: return RATES["plain" if size in PLAIN else "layers" if WAYS[way][2] == "layers" else "labels"]
 
-# %% ../nbs/compression.ipynb #909542ed
+# %% ../nbs/compression.ipynb #216629ab
 def rate_part(size:str, way:str, lr:float)->None:
     "One run of the search over rates, judged on validation rows."
     write_json(_trained(size, way, lr, SEARCH_SEEDS[0]), study_path("compression_rates", size, way, lr))
@@ -125,6 +125,7 @@ def rate_parts(seeds:int)->dict[tuple,int]: # arguments of `rate_part` -> how lo
     searched = [*((size, "both") for size in SHAPES), *(("kronecker-8", way) for way in WAYS if way != "both"), *((size, way) for size in PLAIN for way in ("hinton", "alone"))]
     return {(size, way, lr): 1 if size in PLAIN else 10 for size, way in searched for lr in _rates(size, way)}
 
+# %% ../nbs/compression.ipynb #d408d019
 def chosen_rate(
     size:str, # one of SHAPES, or a key of PLAIN
     way:str, # a key of WAYS
@@ -172,20 +173,21 @@ def _in_process(what:str, memory:str)->list[dict]:
     if run.returncode: raise RuntimeError(f"timing {what!r} failed:\n{run.stderr}")
     return json.loads(run.stdout.splitlines()[-1])
 
-# %% ../nbs/compression.ipynb #ecce1864
+# %% ../nbs/compression.ipynb #d7df2949
 def _median(values:list)->Any:
     "The median of numbers, also within lists and dicts of one form; of anything else the first."
     first = values[0]
+    if None in values: return None  # a system that does not say
     if isinstance(first, dict): return {key: _median([value[key] for value in values]) for key in first}
     if isinstance(first, list): return [_median(list(each)) for each in zip(*values)]
     return statistics.median(values) if isinstance(first, (int, float)) else first
 
-# %% ../nbs/compression.ipynb #4ffbdfc8
+# %% ../nbs/compression.ipynb #b37d2217
 def side_by_side(
     calls:dict[str,Callable[[],Any]], # what is timed
     rounds:int=6, # of all calls in turn
 )->dict[str,float]: # seconds per call, in the quickest round: what else the machine does only adds to it
-    "Time several calls in turn on two threads, a thirtieth of a second or more each."
+    "Time several calls in turn on two threads, each for about a thirtieth of a second, or once."
     from torch.utils.benchmark import Timer
     timers = {name: Timer("call()", globals={"call": call}, num_threads=2) for name, call in calls.items()}
     repeats = {name: max(1, int(.03 / timer.timeit(2).mean)) for name, timer in timers.items()}

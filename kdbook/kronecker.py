@@ -43,8 +43,9 @@ def rearranged(
     (m1, n1), (m2, n2) = shape_a, other_shape(tuple(weight.shape), shape_a)
     return weight.reshape(m1, m2, n1, n2).transpose(1, 2).reshape(m1 * n1, m2 * n2)
 
-# %% ../nbs/kronecker.ipynb #5597cb7d
+# %% ../nbs/kronecker.ipynb #37f510be
 def _wide(weight:Tensor, shape_a:tuple[int,int])->tuple[Tensor,bool]: # float64, no taller than wide; whether it was turned for that
+    if weight.is_meta: raise ValueError("the weight is on the meta device and has no values yet: load the model first")
     rows = rearranged(weight.detach(), shape_a).cpu().double()
     return (rows.T, True) if len(rows) > rows.shape[1] else (rows, False)
 
@@ -59,20 +60,20 @@ class Factors(NamedTuple):
         (_, m1, n1), (_, m2, n2) = self.a.shape, self.b.shape
         return torch.einsum("rij,rpq->ipjq", self.a, self.b).reshape(m1 * m2, n1 * n2)
 
-# %% ../nbs/kronecker.ipynb #9717e56a
+# %% ../nbs/kronecker.ipynb #04329de6
 def nearest_kronecker(
     weight:Tensor, # (m, n)
     shape_a:tuple[int,int], # (m1, n1): divisors of m and n
     rank:int=1, # products that are added; min(m1*n1, m2*n2) is exact
-)->Factors: # of the weight's type; A_r and B_r have equal norms, the largest products first
+)->Factors: # of the weight's type; A_r and B_r have equal norms, but where a product is next to nothing; the largest products first
     "The nearest sum of Kronecker products in the Frobenius norm (Tahaei et al. 2022): singular vectors of `rearranged`, from the Gram matrix of its small side."
     m2, n2 = other_shape(tuple(weight.shape), shape_a, rank)
-    if weight.is_meta: raise ValueError("the weight is on the meta device and has no values yet: load the model first")
     wide, turned = _wide(weight, shape_a)
     short = torch.linalg.eigh(wide @ wide.T).eigenvectors.flip(1)[:, :rank].T  # largest singular value first
     long = short @ wide
     root = long.norm(dim=1, keepdim=True).sqrt()  # from the product, which is exact where the Gram matrix has rounded
-    a, b = short * root, long / root.clamp(min=1e-150)
+    root = torch.where(root > 1e-3 * root.max(), root, 1.)  # next to nothing: A stays large, so that B can learn
+    a, b = short * root, long / root
     if turned: a, b = b, a
     return Factors(a.reshape(rank, *shape_a).to(weight).contiguous(), b.reshape(rank, m2, n2).to(weight).contiguous())
 
@@ -87,7 +88,7 @@ def kronecker_error(
     left = torch.cat([torch.zeros(1, dtype=squares.dtype), squares.cumsum(0)]).flip(0)
     return (left / left[0].clamp(min=1e-300)).sqrt()
 
-# %% ../nbs/kronecker.ipynb #d2301437
+# %% ../nbs/kronecker.ipynb #ea99ff09
 def several_factors(
     weight:Tensor, # (m, n)
     shapes:Iterable[tuple[int,int]], # of each factor but the last, which takes what is left
@@ -101,11 +102,11 @@ def several_factors(
     rest, shapes = tuple(weight.shape), [tuple(shape) for shape in shapes]
     for shape in list(shapes): rest = other_shape(rest, shape)
     shapes.append(rest)
-    k, grid = len(shapes), weight.detach().double().reshape(*(m for m, _ in shapes), *(n for _, n in shapes))
+    k, grid = len(shapes), weight.detach().cpu().double().reshape(*(m for m, _ in shapes), *(n for _, n in shapes))
     cube = grid.permute(*(axis for i in range(k) for axis in (i, k + i))).reshape([m * n for m, n in shapes])
     scales, parts = parafac(cube.numpy(), rank, n_iter_max=sweeps, init="svd", random_state=np.random.RandomState(seed), tol=1e-9)
     share = torch.as_tensor(scales).abs() ** (1 / k)
-    return [torch.as_tensor(np.array(part)).mul(share).T.reshape(rank, *shape).to(weight.dtype) for part, shape in zip(parts, shapes)]
+    return [torch.as_tensor(np.array(part)).mul(share).T.reshape(rank, *shape).to(weight) for part, shape in zip(parts, shapes)]
 
 # %% ../nbs/kronecker.ipynb #d872f4df
 def flops(
@@ -156,15 +157,15 @@ def _interleaved(y:Tensor)->Tensor: # (rows, m2, m1) -> (rows, m1, m2)
     if not pairs or torch.compiler.is_compiling() or torch.jit.is_tracing(): return y.transpose(1, 2).contiguous()  # what exporters know
     return torch.view_as_real(torch.complex(*y.unbind(1)))
 
-# %% ../nbs/kronecker.ipynb #ec673e25
+# %% ../nbs/kronecker.ipynb #ae2ad641
 def _b_columns(x:Tensor, a:Tensor, b:Tensor, bias:Tensor|None)->Tensor:
     (rank, m1, n1), m2 = a.shape, b.shape[1]
-    if n1 < 16: z = F.linear(x, b.flatten(0, 1)).transpose(1, 2)  # as low rank has it; many thin products would be slow
+    if n1 < 16: z = F.linear(x, b.flatten(0, 1)).transpose(1, 2)  # many thin products would be slow
     else: z = torch.bmm(b.flatten(0, 1).expand(x.shape[0], -1, -1), x.transpose(1, 2))
     if rank > 1: z = z.view(-1, rank, m2, n1).transpose(1, 2).flatten(2)
     y = _interleaved(F.linear(z, _abreast(a)))
     if bias is None: return y
-    return y + bias if y.requires_grad or torch.jit.is_tracing() else y.add_(bias)  # in place would copy the gradients
+    return y + bias.to(y.dtype) if y.requires_grad or torch.jit.is_tracing() else y.add_(bias)  # in place would copy the gradients
 
 def _a_columns(x:Tensor, a:Tensor, b:Tensor, bias:Tensor|None)->Tensor:
     (rank, m1, n1), (_, m2, n2) = a.shape, b.shape
@@ -244,7 +245,7 @@ class KroneckerLinear(_Factored):
 
     def to_dense(self)->nn.Linear: "The same map, its weight made."; return _filled(nn.Linear(self.in_features, self.out_features, self.bias is not None), {"weight": self.factors.product()}, self)
 
-# %% ../nbs/kronecker.ipynb #3a5ed901
+# %% ../nbs/kronecker.ipynb #04d10666
 class KroneckerEmbedding(_Factored):
     "An embedding table in which each row is a short row of its own times one row that all share: A is (rows, width / n), B is (1, n)."
     def __init__(self,
@@ -256,7 +257,8 @@ class KroneckerEmbedding(_Factored):
     ):
         if shape_a[0] != num_embeddings: raise ValueError(f"each of the {num_embeddings} rows has a part of its own, so A has as many; got {shape_a[0]}")
         super().__init__((num_embeddings, embedding_dim), shape_a, rank)
-        self.num_embeddings, self.embedding_dim, self.padding_idx = num_embeddings, embedding_dim, padding_idx
+        self.num_embeddings, self.embedding_dim = num_embeddings, embedding_dim
+        self.padding_idx = padding_idx if padding_idx is None else range(num_embeddings)[padding_idx]  # -1 is the last, as in nn.Embedding
         self.reset_parameters()
 
     def reset_parameters(self)->None: "Random factors; the product's entries vary by 1, as those of `nn.Embedding`."; self._spread(1.)
@@ -275,13 +277,14 @@ class KroneckerEmbedding(_Factored):
 
     def to_dense(self)->nn.Embedding: "The same table, made."; return nn.Embedding.from_pretrained(self.factors.product().detach(), freeze=False, padding_idx=self.padding_idx)
 
-# %% ../nbs/kronecker.ipynb #bd2b972e
+# %% ../nbs/kronecker.ipynb #f73baa95
 _DENSE = (nn.Linear, nn.Embedding)
 
 def _entry(name:str, layer:nn.Module, entry:Any)->tuple[int,...]:
     "The entry of a layer, where it is a shape and the layer is one that can be replaced."
     numbers = tuple(entry) if isinstance(entry, (tuple, list)) else ()
     if len(numbers) not in (2, 3) or not all(isinstance(n, int) for n in numbers): raise ValueError(f"{name}: {entry!r} is no shape: give (m1, n1) or (m1, n1, rank), whole numbers")
+    if isinstance(layer, nn.modules.linear.NonDynamicallyQuantizableLinear): raise ValueError(f"{name} belongs to nn.MultiheadAttention, which multiplies with its weight itself, and a Kronecker layer has none: narrow the pattern")
     if "weight" not in layer._parameters: raise ValueError(f"{name}: its weight is made by a parametrization: torch.nn.utils.parametrize.remove_parametrizations first")
     return numbers
 
@@ -310,7 +313,7 @@ def spec_layers(
             raise ValueError(f"{pattern!r} means no Linear or Embedding layer of {type(model).__name__}, or none that an earlier pattern has not taken; there are {', '.join(names[:12])}{', ...' if len(names) > 12 else ''}")
     return found
 
-# %% ../nbs/kronecker.ipynb #99b546b2
+# %% ../nbs/kronecker.ipynb #4576329a
 def replace_layers(
     model:nn.Module, # changed in place, or not at all where an error is raised
     spec:Spec, # which layers, and their first factors
@@ -318,32 +321,35 @@ def replace_layers(
 )->nn.Module: # the same model
     "Put Kronecker layers in the place of dense ones. Layers that share a weight share its factors. Raises `ValueError` as `spec_layers` and `other_shape` do, naming the layer."
     entries, made, factors, new = {}, {}, {}, {}
-    for name, entry in spec_layers(model, spec, strict=decompose).items(): entries.setdefault(id(model.get_submodule(name).weight), (name, entry))
+    for name, entry in spec_layers(model, spec, strict=decompose).items():
+        other, first = entries.setdefault(id(model.get_submodule(name).weight), (name, entry))
+        if first != entry: raise ValueError(f"{other} and {name} share a weight, so they get one shape; the spec gives {first} and {entry}")
     for name, layer in model.named_modules(remove_duplicate=False):
         key = id(layer.weight) if isinstance(layer, _DENSE) else None
         if key not in entries: continue
         if id(layer) not in made: made[id(layer)] = _kronecker(layer, *entries[key], decompose and key not in factors)
         new[name] = _filled(made[id(layer)], {}, layer) if decompose else made[id(layer)]
         new[name].a, new[name].b = factors.setdefault(key, (new[name].a, new[name].b))
+        if getattr(layer, "bias", None) is not None: new[name].bias = layer.bias  # the very one: it may be shared, or frozen
     for name, layer in new.items():
         parent, _, child = name.rpartition(".")
         setattr(model.get_submodule(parent), child, layer)
     return model
 
-# %% ../nbs/kronecker.ipynb #d47964ec
+# %% ../nbs/kronecker.ipynb #5337fc9e
 def _kronecker(layer:nn.Linear|nn.Embedding, name:str, entry:tuple[int,...], decompose:bool)->nn.Module:
     "The layer's Kronecker form."
     (*shape_a, rank) = entry if len(entry) == 3 else (*entry, 1)
     try:
         if isinstance(layer, nn.Embedding):
-            if layer.max_norm is not None or layer.sparse: raise ValueError(f"only plain tables have a Kronecker form; this one has max_norm={layer.max_norm}, sparse={layer.sparse}")
+            if layer.max_norm is not None or layer.sparse or layer.scale_grad_by_freq: raise ValueError(f"only plain tables have a Kronecker form; this one has max_norm={layer.max_norm}, sparse={layer.sparse}, scale_grad_by_freq={layer.scale_grad_by_freq}")
             if decompose: return KroneckerEmbedding.from_dense(layer, shape_a, rank)
             return KroneckerEmbedding(layer.num_embeddings, layer.embedding_dim, shape_a, rank, layer.padding_idx)
         if decompose: return KroneckerLinear.from_dense(layer, shape_a, rank)
         return KroneckerLinear(layer.in_features, layer.out_features, shape_a, rank, layer.bias is not None)
     except (ValueError, TypeError) as e: raise type(e)(f"{name}: {e}") from None
 
-# %% ../nbs/kronecker.ipynb #fac72410
+# %% ../nbs/kronecker.ipynb #db43c532
 def kroneckerize(
     model:nn.Module, # any with Linear or Embedding layers; left untouched
     spec:Spec|str, # which layers, and their first factors; or, for a BERT, a name of `PRESETS`
@@ -356,8 +362,11 @@ def kroneckerize(
         if kind == "bert": return import_module("kdbook.kronecker_bert").from_bert(model, spec)
         if isinstance(spec, str): raise ValueError(f"the preset {spec!r} is for dense BERT models, not for {type(model).__name__}: give a spec, such as {{'*.dense': (16, 2)}}")
         small = replace_layers(copied(model), spec)
-    if kind == "kronecker-bert": small.config.kronecker = small.config.kronecker | {pattern: list(entry) for pattern, entry in spec.items()}
+    if kind == "kronecker-bert": small.config.kronecker = small.config.kronecker | {pattern: list(entry) for pattern, entry in _anywhere(spec).items()}
     return small
+
+# %% ../nbs/kronecker.ipynb #6d73397b
+def _anywhere(spec:Spec)->Spec: return {p if p.startswith("*") else "*" + p.removeprefix("bert."): entry for p, entry in spec.items()}
 
 # %% ../nbs/kronecker.ipynb #5a422052
 _IN_BERT = ("KroneckerBertConfig", "KroneckerBertModel", "KroneckerBertForSequenceClassification", "KroneckerBertForMaskedLM", "PRESETS", "preset", "bert_spec",

@@ -8,7 +8,7 @@ __all__ = ['PRESETS', 'KroneckerBertConfig', 'bert_spec', 'preset', 'KroneckerBe
            'inside', 'intermediate_losses', 'at_holes', 'PretrainingKD', 'TaskKD', 'pretraining_recipe', 'recipe',
            'with_encoder']
 
-# %% ../nbs/kronecker_bert.ipynb #c1ba604b
+# %% ../nbs/kronecker_bert.ipynb #54fce7cc
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any, Iterator, NamedTuple
@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModel, AutoModelForMaskedLM, AutoModelForSequenceClassification, BertForMaskedLM, BertForSequenceClassification, BertModel
 from .distillation import copied, forward, logit_mse, logits_of, soft_target_loss
-from .kronecker import Spec, _Factored, _bert_config, replace_layers
+from .kronecker import Spec, _Factored, _anywhere, _bert_config, replace_layers
 from .training import Loss, Progress, Recipe, Stage, label_loss
 from .words import mask_tokens
 
@@ -84,7 +84,7 @@ _CLASSES = {BertModel: (KroneckerBertModel, AutoModel), BertForSequenceClassific
             BertForMaskedLM: (KroneckerBertForMaskedLM, AutoModelForMaskedLM)}
 for _mine, _auto in _CLASSES.values(): _auto.register(KroneckerBertConfig, _mine)
 
-# %% ../nbs/kronecker_bert.ipynb #7545affe
+# %% ../nbs/kronecker_bert.ipynb #3641ee9a
 def from_bert(
     model:nn.Module, # a Hugging Face BERT; left untouched
     spec:Spec|str, # as in `kroneckerize`
@@ -96,9 +96,8 @@ def from_bert(
         small.save_pretrained = partial(_unstorable, type(model).__name__)
         return small
     settings = {k: v for k, v in model.config.to_dict().items() if k not in ("model_type", "architectures", "transformers_version")}
-    anywhere = {p if p.startswith("*") else "*" + p.removeprefix("bert."): entry for p, entry in spec.items()}  # names differ by a prefix between heads
     headless = {"add_pooling_layer": False} if isinstance(model, BertModel) and model.pooler is None else {}
-    new = _CLASSES[type(model)][1].from_config(KroneckerBertConfig(kronecker=anywhere, **settings), attn_implementation=model.config._attn_implementation, **headless)
+    new = _CLASSES[type(model)][1].from_config(KroneckerBertConfig(kronecker=_anywhere(spec), **settings), attn_implementation=model.config._attn_implementation, **headless)
     new.load_state_dict(small.state_dict())
     for p, q in zip(new.parameters(), small.parameters()): p.requires_grad_(q.requires_grad)
     if hasattr(model, "tokenizer"): new.tokenizer = model.tokenizer

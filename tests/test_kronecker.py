@@ -192,6 +192,45 @@ def test_layers_of_every_kind_of_shape(n, m, shape_a, rank, train):
     for got, want in zip(torch.autograd.grad(ours, wanted, grad), torch.autograd.grad(dense, wanted, grad)): torch.testing.assert_close(got, want)
 
 
+def test_a_layer_under_autocast_keeps_its_type():
+    layer = kr.KroneckerLinear(96, 96, (48, 48))
+    with torch.autocast("cpu", torch.bfloat16):
+        assert layer(torch.randn(3, 96)).dtype == torch.bfloat16
+        with torch.no_grad(): assert layer(torch.randn(3, 96)).dtype == torch.bfloat16
+
+
+def test_shared_and_frozen_biases_stay_so():
+    net = nn.ModuleDict(dict(one=nn.Linear(8, 6), two=nn.Linear(8, 6)))
+    net["two"].bias = net["one"].bias; net["one"].bias.requires_grad_(False)
+    small = kr.kroneckerize(net, {"*": (2, 2)})
+    assert small["one"].bias is small["two"].bias and small["one"].bias is not net["one"].bias and not small["one"].bias.requires_grad
+
+
+def test_products_of_nothing_can_learn():
+    for weight, rank in ((torch.zeros(6, 8), 1), (torch.kron(torch.randn(3, 2), torch.randn(2, 4)), 3)):
+        factors = kr.Factors(*(f.requires_grad_() for f in kr.nearest_kronecker(weight, (3, 2), rank)))
+        torch.testing.assert_close(factors.product(), weight, atol=1e-5, rtol=1e-4)
+        (factors.product() * torch.randn(6, 8)).sum().backward()
+        assert all(grad.abs().max() > 1e-3 for grad in factors.b.grad)
+
+
+def test_what_has_no_kronecker_form_is_refused():
+    with pytest.raises(ValueError, match="MultiheadAttention"): kr.kroneckerize(nn.TransformerEncoderLayer(8, 2), {"*": (2, 2)})
+    with pytest.raises(ValueError, match="scale_grad_by_freq"): kr.kroneckerize(nn.ModuleDict(dict(t=nn.Embedding(6, 8, scale_grad_by_freq=True))), {"t": (6, 2)})
+    tied = nn.ModuleDict(dict(t=nn.Embedding(6, 8), o=nn.Linear(8, 6))); tied["o"].weight = tied["t"].weight
+    with pytest.raises(ValueError, match="share a weight"): kr.kroneckerize(tied, {"t": (6, 2), "o": (6, 4)})
+    with pytest.raises(ValueError, match="meta"): kr.kronecker_error(torch.empty(4, 4, device="meta"), (2, 2))
+    assert kr.KroneckerEmbedding(6, 8, (6, 2), padding_idx=-1).padding_idx == 5
+
+
+def test_a_second_compression_fits_every_head(tmp_path):
+    "Names of one head must not keep a layer dense under another."
+    small = kr.kroneckerize(kr.kroneckerize(bert(), {"*.intermediate.dense": (8, 2)}), {"bert.encoder.layer.0.attention.self.query": (4, 8)})
+    small.save_pretrained(tmp_path)
+    model = transformers.AutoModel.from_pretrained(tmp_path)
+    assert isinstance(model.encoder.layer[0].attention.self.query, kr.KroneckerLinear)
+
+
 @pytest.mark.filterwarnings("ignore")  # tracing warns of every shape it reads
 @pytest.mark.parametrize("shape_a, rank", [((48, 48), 1), ((48, 32), 2), ((24, 1), 5)])
 def test_layers_under_other_tools(shape_a, rank):
