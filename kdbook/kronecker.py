@@ -157,10 +157,10 @@ def _interleaved(y:Tensor)->Tensor: # (rows, m2, m1) -> (rows, m1, m2)
     if not pairs or torch.compiler.is_compiling() or torch.jit.is_tracing(): return y.transpose(1, 2).contiguous()  # what exporters know
     return torch.view_as_real(torch.complex(*y.unbind(1)))
 
-# %% ../nbs/kronecker.ipynb #ae2ad641
+# %% ../nbs/kronecker.ipynb #7d64ac78
 def _b_columns(x:Tensor, a:Tensor, b:Tensor, bias:Tensor|None)->Tensor:
     (rank, m1, n1), m2 = a.shape, b.shape[1]
-    if n1 < 16: z = F.linear(x, b.flatten(0, 1)).transpose(1, 2)  # many thin products would be slow
+    if rank * m2 > n1: z = F.linear(x, b.flatten(0, 1)).transpose(1, 2)  # else B's gradient would be larger than the input
     else: z = torch.bmm(b.flatten(0, 1).expand(x.shape[0], -1, -1), x.transpose(1, 2))
     if rank > 1: z = z.view(-1, rank, m2, n1).transpose(1, 2).flatten(2)
     y = _interleaved(F.linear(z, _abreast(a)))
