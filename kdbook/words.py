@@ -273,7 +273,7 @@ class MaskedLM:
         if not where.any(): where[:, 0] = True  # a batch needs a hole; its first token is special and soon forgotten
         return Loss(label_loss(student(covered, batch["attention_mask"], where), bare.targets(batch["input_ids"][where])))
 
-# %% ../nbs/words.ipynb #196f5698
+# %% ../nbs/words.ipynb #df2e0643
 def warm_up(
     generator:MaskedGenerator, # left untouched
     dataset:"datasets.Dataset", # rows with `text`; labels are not read
@@ -298,6 +298,7 @@ def warm_up(
     except (OSError, SafetensorError) as e: warnings.warn(f"{path} cannot be written, so nothing is kept for next time: {e}")
     return trained
 
+# %% ../nbs/words.ipynb #e2421712
 def _for_text(generator:MaskedGenerator, rows:list[list[int]], least:int)->MaskedGenerator:
     "The words of a text become the vocabulary; a new output layer starts from how frequent they are."
     bias = generator.model.get_output_embeddings().bias
