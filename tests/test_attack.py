@@ -22,7 +22,7 @@ class Bag(nn.Module):
         super().__init__()
         self.tokenizer = TOKENIZER
         self.weight = nn.Parameter(torch.randn(len(TOKENIZER.get_vocab()), generator=torch.Generator().manual_seed(seed)) * scale, requires_grad=False)
-    def forward(self, input_ids, attention_mask):
+    def forward(self, input_ids, attention_mask, token_type_ids=None):
         score = (self.weight[input_ids] * attention_mask).sum(1)
         return torch.stack([-score, score], 1)
 

@@ -250,7 +250,7 @@ def test_onnx_for_every_way(way, shape_a, rank, tmp_path):
     "No way bakes the example's batch size into the graph."
     runtime = pytest.importorskip("onnxruntime"); pytest.importorskip("onnxscript")
     layer, free = kr.KroneckerLinear(48, 24, shape_a, rank), {0: torch.export.Dim.DYNAMIC, 1: torch.export.Dim.DYNAMIC}
-    layer.way = way
+    layer.eval().way = way
     torch.onnx.export(layer, (torch.randn(3, 4, 48),), f=tmp_path / "layer.onnx", dynamo=True, input_names=["x"], dynamic_shapes=(free,), verbose=False)
     x = torch.randn(5, 2, 48)
     y, = runtime.InferenceSession(str(tmp_path / "layer.onnx")).run(None, {"x": x.numpy()})
