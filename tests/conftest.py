@@ -1,4 +1,5 @@
 """Settings every test run shares."""
+
 import os
 import subprocess
 from importlib.metadata import version
@@ -14,13 +15,20 @@ os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 
 
 def pytest_report_header(config):
-    data = os.environ.get("KDBOOK_DATA") or "not set, so tests marked `data` are skipped"
-    return [f"torch {version('torch')}, {os.environ['OMP_NUM_THREADS']} threads", f"KDBOOK_DATA: {data}"]
+    data = (
+        os.environ.get("KDBOOK_DATA") or "not set, so tests marked `data` are skipped"
+    )
+    return [
+        f"torch {version('torch')}, {os.environ['OMP_NUM_THREADS']} threads",
+        f"KDBOOK_DATA: {data}",
+    ]
 
 
 def pytest_collection_modifyitems(config, items):
     if not os.environ.get("KDBOOK_DATA"):
-        skip = pytest.mark.skip(reason="needs KDBOOK_DATA, a folder of GLUE-like parquet files")
+        skip = pytest.mark.skip(
+            reason="needs KDBOOK_DATA, a folder of GLUE-like parquet files"
+        )
         for item in items:
             if "data" in item.keywords and item.get_closest_marker("data"):
                 item.add_marker(skip)
@@ -30,6 +38,7 @@ def pytest_collection_modifyitems(config, items):
 def no_leftovers():
     "nbdev's test_nb sets IN_TEST and prepends to sys.path; neither may reach the next test."
     import sys
+
     was, path = os.environ.get("IN_TEST"), list(sys.path)
     yield
     sys.path[:] = path
@@ -42,6 +51,8 @@ def no_leftovers():
 @pytest.fixture
 def no_process(monkeypatch):
     "Any new process is a failure."
+
     def refuse(*args, **kwargs):
         raise AssertionError(f"started a process: {args}")
+
     return lambda: monkeypatch.setattr(subprocess, "Popen", refuse)

@@ -1,5 +1,7 @@
 """Write the ladder tables of README.md from the records under results/; with --check only say whether they are stale."""
-import re, sys
+
+import re
+import sys
 from pathlib import Path
 
 from kdbook.benchmark import SETTINGS, ladder_table, recorded
@@ -12,10 +14,22 @@ def tables():
     "The movie settings that have records, as Markdown."
     parts = []
     for name in recorded("techniques"):
-        if SETTINGS[name].task != "movies": continue
-        table = ladder_table(name, "techniques").drop(columns=["test nll", "seeds", "lr"]).reset_index()
-        rows = [list(table.columns), ["---"] * len(table.columns), *table.values.tolist()]
-        parts.append(f"**{SETTINGS[name].title[0].upper()}{SETTINGS[name].title[1:]}**\n\n" + "\n".join(f"| {' | '.join(row)} |" for row in rows))
+        if SETTINGS[name].task != "movies":
+            continue
+        table = (
+            ladder_table(name, "techniques")
+            .drop(columns=["test nll", "seeds", "lr"])
+            .reset_index()
+        )
+        rows = [
+            list(table.columns),
+            ["---"] * len(table.columns),
+            *table.values.tolist(),
+        ]
+        parts.append(
+            f"**{SETTINGS[name].title[0].upper()}{SETTINGS[name].title[1:]}**\n\n"
+            + "\n".join(f"| {' | '.join(row)} |" for row in rows)
+        )
     return "\n\n".join(parts) + "\n"
 
 
@@ -26,5 +40,8 @@ def renewed(text):
 if __name__ == "__main__":
     old = README.read_text(encoding="utf-8")
     new = renewed(old)
-    if "--check" in sys.argv: sys.exit("README.md is stale: python tests/readme_table.py" if new != old else 0)
+    if "--check" in sys.argv:
+        sys.exit(
+            "README.md is stale: python tests/readme_table.py" if new != old else 0
+        )
     README.write_text(new, encoding="utf-8")

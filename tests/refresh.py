@@ -8,7 +8,13 @@ A chapter is stale when the hash in its metadata is not the hash of its code cel
 and, where a cell reads stored results, of the files in that folder of results/. A new torch or matplotlib does not make
 it stale.
 """
-import ast, hashlib, os, re, sys, time
+
+import ast
+import hashlib
+import os
+import re
+import sys
+import time
 from pathlib import Path
 
 import nbformat
@@ -18,12 +24,18 @@ ROOT = Path(__file__).resolve().parent.parent
 NBS, LIB, RESULTS = ROOT / "nbs", ROOT / "kdbook", ROOT / "results"
 VIEW = "application/vnd.jupyter.widget-view+json"
 READS = {  # folder under results/ -> what in a chapter's code says that it reads there
-    "ladder": re.compile(r"\bread_records?\(|\brecorded\(|\breported\(|\bcorrect\(|\bladder(_table|_plot)?\(|results_dir\(\) / .ladder"),
+    "ladder": re.compile(
+        r"\bread_records?\(|\brecorded\(|\breported\(|\bcorrect\(|\bladder(_table|_plot)?\(|results_dir\(\) / .ladder"
+    ),
     "study": re.compile(r"\bstudy_(records|path)\(|results_dir\(\) / .study"),
     "teacher": re.compile(r"minilm-movies|\bladder(_table|_plot)?\("),
 }
-STUDY = re.compile(r"""\bstudy_(?:records|path)\(\s*(?:["'](\w+)["'])?|results_dir\(\) / .study.(?: / ["'](\w+)["'])?""")
-CELL_MARK = re.compile(r"^# %% .*\n", re.M)  # where nbdev says which cell a line is from: no behaviour
+STUDY = re.compile(
+    r"""\bstudy_(?:records|path)\(\s*(?:["'](\w+)["'])?|results_dir\(\) / .study.(?: / ["'](\w+)["'])?"""
+)
+CELL_MARK = re.compile(
+    r"^# %% .*\n", re.M
+)  # where nbdev says which cell a line is from: no behaviour
 PROGRESS = re.compile(r"\d+%\|.*?\|")
 
 
@@ -41,18 +53,28 @@ def imports(source, relative):
         if isinstance(node, ast.ImportFrom):
             module = node.module or ""
             if node.level and relative:
-                yield from ([module.split(".")[0]] if module else [alias.name for alias in node.names])
+                yield from (
+                    [module.split(".")[0]]
+                    if module
+                    else [alias.name for alias in node.names]
+                )
             elif module == "kdbook":
                 yield from (alias.name for alias in node.names)
             elif module.startswith("kdbook."):
                 yield module.split(".")[1]
         elif isinstance(node, ast.Import):
-            yield from (alias.name.split(".")[1] for alias in node.names if alias.name.startswith("kdbook."))
+            yield from (
+                alias.name.split(".")[1]
+                for alias in node.names
+                if alias.name.startswith("kdbook.")
+            )
 
 
 def modules_reached(code, lib=LIB):
     "Source of every kdbook module that a chapter's code reaches, by name."
-    plain = "\n".join(line for line in code.splitlines() if not line.lstrip().startswith(("%", "!")))
+    plain = "\n".join(
+        line for line in code.splitlines() if not line.lstrip().startswith(("%", "!"))
+    )
     seen, todo = {}, list(imports(plain, relative=False))
     while todo:
         name = todo.pop()
@@ -66,8 +88,14 @@ def modules_reached(code, lib=LIB):
 def results_hash(results=RESULTS):
     "One hash of the names and contents of all stored results."
     total = hashlib.sha256()
-    for path in sorted(p for p in results.rglob("*") if p.is_file() and not p.name.startswith(".")):
-        total.update(path.relative_to(results).as_posix().encode() + b"\0" + hashlib.sha256(path.read_bytes()).digest())
+    for path in sorted(
+        p for p in results.rglob("*") if p.is_file() and not p.name.startswith(".")
+    ):
+        total.update(
+            path.relative_to(results).as_posix().encode()
+            + b"\0"
+            + hashlib.sha256(path.read_bytes()).digest()
+        )
     return total.hexdigest()
 
 
@@ -75,8 +103,11 @@ def folders_read(code):
     "Folders under results/ that a chapter reads; of the studies only those it names, where it names all."
     found = [folder for folder, pattern in READS.items() if pattern.search(code)]
     named = {a or b for a, b in STUDY.findall(code)}
-    if "study" not in found or "" in named: return found
-    return [folder for folder in found if folder != "study"] + [f"study/{name}" for name in sorted(named)]
+    if "study" not in found or "" in named:
+        return found
+    return [folder for folder in found if folder != "study"] + [
+        f"study/{name}" for name in sorted(named)
+    ]
 
 
 def digest(nb, lib=LIB, results=RESULTS):
@@ -84,7 +115,9 @@ def digest(nb, lib=LIB, results=RESULTS):
     code = "\n".join(code_of(nb))
     seen = modules_reached(code, lib)
     parts = [code] + [f"{name}\n{seen[name]}" for name in sorted(seen)]
-    acts = "\n".join(source for source in code_of(nb) if "#| eval: false" not in source)  # what Colab needs names results/ too
+    acts = "\n".join(
+        source for source in code_of(nb) if "#| eval: false" not in source
+    )  # what Colab needs names results/ too
     parts += [results_hash(results / folder) for folder in folders_read(acts)]
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]
 
@@ -99,7 +132,10 @@ def sections(nb):
     heading, out = "", []
     for cell in nb.cells:
         if cell.cell_type == "markdown":
-            heading = next((m.lstrip("# ") for m in re.findall(r"^#+ .*$", cell.source, re.M)), heading)
+            heading = next(
+                (m.lstrip("# ") for m in re.findall(r"^#+ .*$", cell.source, re.M)),
+                heading,
+            )
         out.append(heading)
     return out
 
@@ -107,20 +143,36 @@ def sections(nb):
 def execute(nb, name):
     "Run `nb` in a fresh kernel, in nbs/, with a bar over its cells; a failing cell raises nbclient's CellExecutionError."
     from nbclient import NotebookClient
+
     for cell in nb.cells:
         if cell.cell_type == "code":
             cell.outputs, cell.execution_count = [], None
     headings = sections(nb)
     # the kernel imports this checkout, whether or not the package is installed; IN_TEST would make nbdev skip work
-    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+    os.environ["PYTHONPATH"] = os.pathsep.join(
+        filter(None, [str(ROOT), os.environ.get("PYTHONPATH")])
+    )
     os.environ.pop("IN_TEST", None)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    with tqdm(total=sum(cell.cell_type == "code" for cell in nb.cells), desc=name, unit="cell", disable=None) as bar:
+    with tqdm(
+        total=sum(cell.cell_type == "code" for cell in nb.cells),
+        desc=name,
+        unit="cell",
+        disable=None,
+    ) as bar:
         NotebookClient(
-            nb, timeout=1800, kernel_name="python3", record_timing=False, coalesce_streams=True,
+            nb,
+            timeout=1800,
+            kernel_name="python3",
+            record_timing=False,
+            coalesce_streams=True,
             resources={"metadata": {"path": str(NBS)}},
-            extra_arguments=["--IPKernelApp.log_level=ERROR"],  # each kernel would warn that it talks over local TCP
-            on_cell_start=lambda cell, cell_index: bar.set_postfix_str(headings[cell_index][:32]),
+            extra_arguments=[
+                "--IPKernelApp.log_level=ERROR"
+            ],  # each kernel would warn that it talks over local TCP
+            on_cell_start=lambda cell, cell_index: bar.set_postfix_str(
+                headings[cell_index][:32]
+            ),
             on_cell_executed=lambda **_: bar.update(),
         ).execute()
     return nb
@@ -128,7 +180,10 @@ def execute(nb, name):
 
 def without_bars(text):
     "`text` as a terminal would leave it, less the lines of progress bars."
-    lines = [line.rsplit("\r", 1)[-1] for line in text.replace("\r\n", "\n").rstrip("\r").split("\n")]
+    lines = [
+        line.rsplit("\r", 1)[-1]
+        for line in text.replace("\r\n", "\n").rstrip("\r").split("\n")
+    ]
     return "\n".join(line for line in lines if not PROGRESS.search(line))
 
 
@@ -143,7 +198,9 @@ def tidy(nb):
                 if not out.text.strip():
                     continue
             elif VIEW in data:
-                if "text/html" not in data and PROGRESS.search(data.get("text/plain", "")):
+                if "text/html" not in data and PROGRESS.search(
+                    data.get("text/plain", "")
+                ):
                     continue
                 if "text/html" in data:
                     data.pop(VIEW)  # Quarto prefers the widget view when both are there
@@ -157,6 +214,7 @@ def tidy(nb):
 def save(nb, path):
     "Write `nb` as nbdev_clean leaves it, whole or not at all."
     from nbdev.clean import clean_nb
+
     clean_nb(nb, allowed_metadata_keys=["kdbook"])
     part = path.with_suffix(".partial")
     nbformat.write(nbformat.from_dict(nb), part)
@@ -171,11 +229,14 @@ def refresh(path):
 
 def explain(error):
     "A failed cell's traceback, without colours where no terminal shows them."
-    return str(error) if sys.stderr.isatty() else re.sub(r"\x1b\[[0-9;]*m", "", str(error))
+    return (
+        str(error) if sys.stderr.isatty() else re.sub(r"\x1b\[[0-9;]*m", "", str(error))
+    )
 
 
 def main(args):
     from nbclient.exceptions import CellExecutionError
+
     named = [Path(arg).resolve() for arg in args if not arg.startswith("--")]
     old = [path for path in named or chapters() if stale(path)]
     print("stale:", ", ".join(path.stem for path in old) or "none")
@@ -187,7 +248,10 @@ def main(args):
         try:
             refresh(path)
         except CellExecutionError as error:
-            print(f"{path.name} failed and keeps its old outputs.\n{explain(error)}", file=sys.stderr)
+            print(
+                f"{path.name} failed and keeps its old outputs.\n{explain(error)}",
+                file=sys.stderr,
+            )
             failed.append(path.stem)
         else:
             print(f"{path.stem}: {time.monotonic() - start:.0f} s", flush=True)

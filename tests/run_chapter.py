@@ -1,5 +1,7 @@
 """Run one chapter from clean into _run/NAME.ipynb, and leave nbs/ as it is: python tests/run_chapter.py annealing_kd"""
-import sys, time
+
+import sys
+import time
 
 import nbformat
 import refresh
@@ -7,7 +9,10 @@ from nbclient.exceptions import CellExecutionError
 
 
 def main(name):
-    source, target = refresh.NBS / f"{name}.ipynb", refresh.ROOT / "_run" / f"{name}.ipynb"
+    source, target = (
+        refresh.NBS / f"{name}.ipynb",
+        refresh.ROOT / "_run" / f"{name}.ipynb",
+    )
     if not source.exists():
         known = ", ".join(path.stem for path in refresh.chapters())
         print(f"no chapter {name!r}; the chapters are: {known}", file=sys.stderr)
@@ -18,11 +23,18 @@ def main(name):
     try:
         refresh.execute(nb, name)
     except CellExecutionError as error:
-        print(f"{source.relative_to(refresh.ROOT)} failed:\n{refresh.explain(error)}", file=sys.stderr)
+        print(
+            f"{source.relative_to(refresh.ROOT)} failed:\n{refresh.explain(error)}",
+            file=sys.stderr,
+        )
         return 1
     finally:
-        nbformat.write(refresh.tidy(nb), target)  # after a failure too: it shows how far the run came
-    print(f"{name}: every cell ran, in {time.monotonic() - start:.0f} s; see {target.relative_to(refresh.ROOT)}")
+        nbformat.write(
+            refresh.tidy(nb), target
+        )  # after a failure too: it shows how far the run came
+    print(
+        f"{name}: every cell ran, in {time.monotonic() - start:.0f} s; see {target.relative_to(refresh.ROOT)}"
+    )
     return 0
 
 

@@ -1,30 +1,45 @@
 "The runner: equal budgets, records that are whole, runs that resume, settings that are not mixed."
-import json, os, signal, subprocess, sys, time
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings, strategies as st
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 import kdbook.benchmark as b
 import kdbook.methods as m
 from kdbook.training import CrossEntropy, Recipe, Stage
 
 ROOT = Path(__file__).resolve().parent.parent
-TINY = b.Setting("tiny", "digits", 40, 20, (4, 1), 20, (1e-2, 3e-2), tau_max=2, student=(16,))
-AS_LONG = [m for m in b.METHODS if m.endswith("_as_long")]  # their budget is another method's time, not its updates
-METHODS = [m for m in b.METHODS if b.METHODS[m].recipe and m not in AS_LONG]  # the others take their recipe from a candidate
+TINY = b.Setting(
+    "tiny", "digits", 40, 20, (4, 1), 20, (1e-2, 3e-2), tau_max=2, student=(16,)
+)
+AS_LONG = [
+    m for m in b.METHODS if m.endswith("_as_long")
+]  # their budget is another method's time, not its updates
+METHODS = [
+    m for m in b.METHODS if b.METHODS[m].recipe and m not in AS_LONG
+]  # the others take their recipe from a candidate
 REAL = [(s, m) for s in b.SETTINGS for m in METHODS]
 
 
 def quick_teacher(task, *trails):
     "An untrained net, whose trail says the same at every place."
     from kdbook.models import image_net
+
     net = image_net(hidden=8, seed=0)
     for trail in trails:
-        for step in trail.steps: trail.keep(net, step)
+        for step in trail.steps:
+            trail.keep(net, step)
     return net
 
 
@@ -43,6 +58,7 @@ def tiny(tmp_path, monkeypatch):
 
 # -- equal budgets -------------------------------------------------------------------------------------------------
 
+
 def stage_rows(stage, setting):
     return setting.labelled if stage.objective.rows == "labelled" else setting.rows
 
@@ -52,7 +68,10 @@ def test_every_method_has_the_budget_of_its_setting(name, method):
     "Counted from the recipe: passes x batches, and looks at the validation rows."
     setting = b.SETTINGS[name]
     recipe = b.METHODS[method].recipe(setting, 1e-3)
-    updates = sum(stage.epochs * -(-stage_rows(stage, setting) // stage.batch_size) for stage in recipe.stages)
+    updates = sum(
+        stage.epochs * -(-stage_rows(stage, setting) // stage.batch_size)
+        for stage in recipe.stages
+    )
     looks = sum(-(-stage.epochs // stage.validate_every) for stage in recipe.stages)
     assert updates == setting.updates
     assert looks == sum(setting.epochs)
@@ -60,41 +79,78 @@ def test_every_method_has_the_budget_of_its_setting(name, method):
     assert {stage.lr for stage in recipe.stages} == {1e-3}
 
 
-@pytest.mark.parametrize("name, method", [(s, method) for s in m.TIMES for method in AS_LONG])
+@pytest.mark.parametrize(
+    "name, method", [(s, method) for s in m.TIMES for method in AS_LONG]
+)
 def test_a_method_that_takes_anothers_time_does_so(name, method):
     "Its updates are the measured ratio of the two methods' costs, to an epoch and a tenth; it is validated as often as all others, and less than twice as often."
     setting = b.SETTINGS[name]
-    key, other = {"annealing_as_long": ("combined", "combined_kd")}.get(method, (method.removesuffix("_as_long"), "glitter"))
-    if key not in m.TIMES[name]: pytest.skip("not run in this setting")
+    key, other = {"annealing_as_long": ("combined", "combined_kd")}.get(
+        method, (method.removesuffix("_as_long"), "glitter")
+    )
+    if key not in m.TIMES[name]:
+        pytest.skip("not run in this setting")
     first, *rest = b.METHODS[method].recipe(setting, 1e-3).stages
     plain = setting.epochs[0] if rest else sum(setting.epochs)
-    ratio = json.loads((ROOT / "results" / "study" / "cost" / f"{name}.json").read_text())["ratio"]
+    ratio = json.loads(
+        (ROOT / "results" / "study" / "cost" / f"{name}.json").read_text()
+    )["ratio"]
     measured = ratio[other] / ratio["annealing_kd" if key == "combined" else key]
-    assert abs(first.epochs - measured * plain) <= max(1, .1 * first.epochs)
+    assert abs(first.epochs - measured * plain) <= max(1, 0.1 * first.epochs)
     looks = -(-first.epochs // first.validate_every)
-    assert min(plain, first.epochs) <= looks < 2 * plain  # whole epochs between looks; what is left over is to this method's advantage
+    assert (
+        min(plain, first.epochs) <= looks < 2 * plain
+    )  # whole epochs between looks; what is left over is to this method's advantage
 
 
 def test_two_stage_methods_split_the_budget_alike():
     for setting in b.SETTINGS.values():
         two = [b.METHODS[m].recipe(setting, 1e-3) for m in METHODS]
-        splits = {tuple(stage.epochs for stage in recipe.stages) for recipe in two if len(recipe.stages) == 2}
+        splits = {
+            tuple(stage.epochs for stage in recipe.stages)
+            for recipe in two
+            if len(recipe.stages) == 2
+        }
         assert len(splits) == 1
 
 
 @settings(max_examples=100, deadline=None)
-@given(st.integers(1, 6), st.integers(1, 6), st.integers(1, 40), st.integers(0, 30), st.integers(1, 10))
-def test_any_setting_that_can_be_made_is_fair(passes, batches, batch_size, first, second):
+@given(
+    st.integers(1, 6),
+    st.integers(1, 6),
+    st.integers(1, 40),
+    st.integers(0, 30),
+    st.integers(1, 10),
+)
+def test_any_setting_that_can_be_made_is_fair(
+    passes, batches, batch_size, first, second
+):
     labelled = batches * batch_size
     tau_max = 2
-    setting = b.Setting("", "digits", passes * labelled, labelled, (first + tau_max, second), batch_size, (1e-3,), tau_max)
+    setting = b.Setting(
+        "",
+        "digits",
+        passes * labelled,
+        labelled,
+        (first + tau_max, second),
+        batch_size,
+        (1e-3,),
+        tau_max,
+    )
     for method in map(b.METHODS.get, METHODS):
         stages = method.recipe(setting, 1e-3).stages
-        assert sum(s.epochs * -(-stage_rows(s, setting) // s.batch_size) for s in stages) == setting.updates
-        assert sum(-(-s.epochs // s.validate_every) for s in stages) == sum(setting.epochs)
+        assert (
+            sum(s.epochs * -(-stage_rows(s, setting) // s.batch_size) for s in stages)
+            == setting.updates
+        )
+        assert sum(-(-s.epochs // s.validate_every) for s in stages) == sum(
+            setting.epochs
+        )
 
 
-@pytest.mark.parametrize("change", [dict(rows=50), dict(labelled=30), dict(batch_size=15)])
+@pytest.mark.parametrize(
+    "change", [dict(rows=50), dict(labelled=30), dict(batch_size=15)]
+)
 def test_a_setting_that_would_be_unfair_cannot_be_made(change):
     with pytest.raises(ValueError, match="multiple of"):
         replace(TINY, **change)
@@ -103,24 +159,35 @@ def test_a_setting_that_would_be_unfair_cannot_be_made(change):
 def test_settings_and_seeds_are_sane():
     assert not set(b.SEARCH_SEEDS) & set(range(50)), "reported seeds are 0, 1, 2, ..."
     for setting in b.SETTINGS.values():
-        assert list(setting.lrs) == sorted(set(setting.lrs)) and setting.epochs[0] >= setting.tau_max
+        assert (
+            list(setting.lrs) == sorted(set(setting.lrs))
+            and setting.epochs[0] >= setting.tau_max
+        )
     for ladder in m.LADDERS.values():
         assert set(m.BASELINES) <= set(ladder) <= set(b.METHODS)
 
 
 # -- rows ----------------------------------------------------------------------------------------------------------
 
+
 def test_training_rows_depend_on_the_seed_alone(tiny):
     _, train, _ = b._task("digits")
     rows = b.training_rows(train, TINY, 0)
     assert len(rows) == 40 and sum(label != -100 for label in rows["label"]) == 20
     known = dict(zip(train["idx"], train["label"]))
-    assert all(label in (-100, known[i]) for i, label in zip(rows["idx"], rows["label"]))
+    assert all(
+        label in (-100, known[i]) for i, label in zip(rows["idx"], rows["label"])
+    )
     again, other = b.training_rows(train, TINY, 0), b.training_rows(train, TINY, 1)
-    assert again["idx"] == rows["idx"] and again["label"] == rows["label"] and other["idx"] != rows["idx"]
+    assert (
+        again["idx"] == rows["idx"]
+        and again["label"] == rows["label"]
+        and other["idx"] != rows["idx"]
+    )
 
 
 # -- records -------------------------------------------------------------------------------------------------------
+
 
 @settings(max_examples=100, deadline=None)
 @given(st.lists(st.integers(0, 255), max_size=300))
@@ -135,7 +202,9 @@ def test_write_json_is_whole_or_absent(tmp_path, monkeypatch):
     b.write_json({"a": 1}, path)
     with pytest.raises(TypeError):
         b.write_json({"a": object()}, path)
-    monkeypatch.setattr(b.os, "replace", lambda *a: (_ for _ in ()).throw(OSError("disk full")))
+    monkeypatch.setattr(
+        b.os, "replace", lambda *a: (_ for _ in ()).throw(OSError("disk full"))
+    )
     with pytest.raises(OSError):
         b.write_json({"a": 2}, path)
     assert json.loads(path.read_text()) == {"a": 1}
@@ -144,11 +213,15 @@ def test_write_json_is_whole_or_absent(tmp_path, monkeypatch):
 
 def test_a_record_holds_what_its_use_needs(tiny):
     record = b.run_one("tiny", "alone", 0.01, 0)
-    assert json.loads(b.record_path("tiny", "alone", 0.01, 0).read_text()) == json.loads(json.dumps(record))
+    assert json.loads(
+        b.record_path("tiny", "alone", 0.01, 0).read_text()
+    ) == json.loads(json.dumps(record))
     assert set(record["splits"]) == {"validation", "test"}
     assert {"commit", "python", "torch", "seconds", "best", "settings"} <= set(record)
     labels = np.array(b._task("digits")[0]["test"]["label"])
-    assert (b.unpack(record["splits"]["test"]["predictions"]) == labels).mean() == pytest.approx(record["splits"]["test"]["accuracy"], abs=1e-6)
+    assert (
+        b.unpack(record["splits"]["test"]["predictions"]) == labels
+    ).mean() == pytest.approx(record["splits"]["test"]["accuracy"], abs=1e-6)
 
 
 @pytest.mark.parametrize("seed", b.SEARCH_SEEDS)
@@ -157,7 +230,11 @@ def test_search_runs_carry_no_test_scores(tiny, seed, monkeypatch):
     monkeypatch.setattr(b, "predict_logits", lambda *a, **k: scored.append(a))
     record = b.run_one("tiny", "hinton", 0.01, seed)
     assert not scored, "a search run must not even compute test answers"
-    assert "splits" not in record and "teacher_agreement" not in record and "predictions" not in json.dumps(record)
+    assert (
+        "splits" not in record
+        and "teacher_agreement" not in record
+        and "predictions" not in json.dumps(record)
+    )
 
 
 def test_same_run_same_answers(tiny):
@@ -167,8 +244,15 @@ def test_same_run_same_answers(tiny):
 
 # -- the search ----------------------------------------------------------------------------------------------------
 
+
 def search(monkeypatch, scores):
-    monkeypatch.setattr(b, "read_record", lambda setting, method, lr, seed: scores.get((lr, seed)) and {"best": {"score": scores[lr, seed]}})
+    monkeypatch.setattr(
+        b,
+        "read_record",
+        lambda setting, method, lr, seed: (
+            scores.get((lr, seed)) and {"best": {"score": scores[lr, seed]}}
+        ),
+    )
     return b.chosen_lr("tiny", "alone")
 
 
@@ -176,11 +260,15 @@ def test_the_rule_of_the_search(monkeypatch):
     monkeypatch.setitem(b.SETTINGS, "tiny", replace(TINY, lrs=(3e-2, 1e-2, 1e-3)))
     monkeypatch.setattr(b, "SEARCH_SEEDS", (100, 101))
     one, two = b.SEARCH_SEEDS
-    flat = {(lr, seed): .8 for lr in (3e-2, 1e-2, 1e-3) for seed in (one, two)}
-    assert search(monkeypatch, flat) == 1e-3, "the smaller rate on a tie, in whatever order they are listed"
-    assert search(monkeypatch, flat | {(1e-2, two): .9}) == 1e-2
-    assert search(monkeypatch, flat | {(1e-2, one): .9, (3e-2, two): .9}) == 1e-2
-    assert search(monkeypatch, {k: v for k, v in flat.items() if k != (3e-2, two)}) is None
+    flat = {(lr, seed): 0.8 for lr in (3e-2, 1e-2, 1e-3) for seed in (one, two)}
+    assert search(monkeypatch, flat) == 1e-3, (
+        "the smaller rate on a tie, in whatever order they are listed"
+    )
+    assert search(monkeypatch, flat | {(1e-2, two): 0.9}) == 1e-2
+    assert search(monkeypatch, flat | {(1e-2, one): 0.9, (3e-2, two): 0.9}) == 1e-2
+    assert (
+        search(monkeypatch, {k: v for k, v in flat.items() if k != (3e-2, two)}) is None
+    )
 
 
 def test_a_single_rate_needs_no_search(tiny, monkeypatch):
@@ -188,33 +276,56 @@ def test_a_single_rate_needs_no_search(tiny, monkeypatch):
     b.run_ladder("hinton", ["single"], seeds=2)
     assert [b.chosen_lr("single", method) for method in m.BASELINES] == [1e-2] * 3
     names = [p.name for p in (tiny.parent / "single").glob("*.json")]
-    assert len(names) == 3 * 2 and not any(f"seed{s}" in n for n in names for s in b.SEARCH_SEEDS)
+    assert len(names) == 3 * 2 and not any(
+        f"seed{s}" in n for n in names for s in b.SEARCH_SEEDS
+    )
 
 
 # -- the ladder ----------------------------------------------------------------------------------------------------
+
 
 def test_ladder_resumes_and_refuses_to_mix(tiny, monkeypatch):
     b.run_ladder("hinton", ["tiny"], seeds=2)
     before = {p: p.stat().st_mtime_ns for p in tiny.glob("*.json")}
     assert len(before) == 3 * (2 * len(b.SEARCH_SEEDS) + 2)
     b.run_ladder("hinton", ["tiny"], seeds=2)
-    assert {p: p.stat().st_mtime_ns for p in tiny.glob("*.json")} == before, "nothing was missing"
+    assert {p: p.stat().st_mtime_ns for p in tiny.glob("*.json")} == before, (
+        "nothing was missing"
+    )
     b.run_ladder("hinton", ["tiny"], seeds=3)
     assert len(list(tiny.glob("*.json"))) == len(before) + 3
 
     rungs = b.ladder("tiny", "hinton")
-    assert [r.method for r in rungs] == [*m.BASELINES, "teacher"] and rungs[0].seeds == 3
-    assert rungs[0].gain == b.paired_difference(b.correct("tiny", "alone"), b.correct("tiny", "hinton"))
-    assert list(b.ladder_table("tiny", "hinton").index) == ["student alone", "plain KD", "logit MSE", "teacher"]
-    with pytest.raises(FileNotFoundError, match="python -m kdbook ladder logit_mse_labels --setting tiny"):
+    assert [r.method for r in rungs] == [*m.BASELINES, "teacher"] and rungs[
+        0
+    ].seeds == 3
+    assert rungs[0].gain == b.paired_difference(
+        b.correct("tiny", "alone"), b.correct("tiny", "hinton")
+    )
+    assert list(b.ladder_table("tiny", "hinton").index) == [
+        "student alone",
+        "plain KD",
+        "logit MSE",
+        "teacher",
+    ]
+    with pytest.raises(
+        FileNotFoundError,
+        match="python -m kdbook ladder logit_mse_labels --setting tiny",
+    ):
         b.ladder_table("tiny", "annealing_kd")
 
-    for name, other in [("epochs", replace(TINY, epochs=(4, 2))), ("batch", replace(TINY, batch_size=10)), ("title", replace(TINY, title="other"))]:
+    for name, other in [
+        ("epochs", replace(TINY, epochs=(4, 2))),
+        ("batch", replace(TINY, batch_size=10)),
+        ("title", replace(TINY, title="other")),
+    ]:
         monkeypatch.setitem(b.SETTINGS, "tiny", other)
         with pytest.raises(ValueError, match="was run with setting="):
             b.run_ladder("hinton", ["tiny"], seeds=3)
     monkeypatch.setitem(b.SETTINGS, "tiny", TINY)
-    stage = lambda s, lr: Recipe((Stage(CrossEntropy(), sum(s.epochs) * 2, lr, s.batch_size, weight_decay=.5),))
+    stage = lambda s, lr: Recipe(
+        (Stage(CrossEntropy(), sum(s.epochs) * 2, lr, s.batch_size, weight_decay=0.5),)
+    )
     monkeypatch.setitem(b.METHODS, "alone", m.Method("student alone", stage))
     with pytest.raises(ValueError, match="was run with recipe="):
         b.ladder_table("tiny", "hinton")
@@ -225,12 +336,20 @@ def test_a_method_is_one_line(tiny, monkeypatch):
     b.run_ladder("mine", ["tiny"], seeds=2)
     assert m.ladder_of("mine") == (*m.BASELINES, "mine")
     rung = b.ladder("tiny", "mine")[3]
-    assert (rung.method, rung.gain.mean) == ("mine", 0.0), "plain KD under another name gains nothing"
+    assert (rung.method, rung.gain.mean) == ("mine", 0.0), (
+        "plain KD under another name gains nothing"
+    )
 
 
-@pytest.mark.parametrize("call, says", [
-    (lambda: m.ladder_of("anealing"), "annealing_kd"), (lambda: b.setting_of("tiniest"), "digits"),
-    (lambda: b.run_ladder("alone", ["digits"], seeds=1), "seeds"), (lambda: b.run_ladder("alone", ["digits"], jobs=0), "jobs")])
+@pytest.mark.parametrize(
+    "call, says",
+    [
+        (lambda: m.ladder_of("anealing"), "annealing_kd"),
+        (lambda: b.setting_of("tiniest"), "digits"),
+        (lambda: b.run_ladder("alone", ["digits"], seeds=1), "seeds"),
+        (lambda: b.run_ladder("alone", ["digits"], jobs=0), "jobs"),
+    ],
+)
 def test_mistakes_are_named(call, says):
     with pytest.raises(ValueError, match=says):
         call()
@@ -274,12 +393,25 @@ def driver(folder, jobs, **env):
     script = folder / "driver.py"
     script.write_text(DRIVER)
     path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
-    return subprocess.Popen([sys.executable, str(script), str(jobs)], stderr=subprocess.PIPE, text=True,
-                            env={**os.environ, "KDBOOK_RESULTS": str(folder), "OMP_NUM_THREADS": "1", "PYTHONPATH": path, **env})
+    return subprocess.Popen(
+        [sys.executable, str(script), str(jobs)],
+        stderr=subprocess.PIPE,
+        text=True,
+        env={
+            **os.environ,
+            "KDBOOK_RESULTS": str(folder),
+            "OMP_NUM_THREADS": "1",
+            "PYTHONPATH": path,
+            **env,
+        },
+    )
 
 
 def records(folder):
-    return {p.name: json.loads(p.read_text()) for p in sorted((folder / "ladder" / "tiny").glob("*.json"))}
+    return {
+        p.name: json.loads(p.read_text())
+        for p in sorted((folder / "ladder" / "tiny").glob("*.json"))
+    }
 
 
 def lives(pid):
@@ -287,7 +419,9 @@ def lives(pid):
         os.kill(pid, 0)
     except ProcessLookupError:
         return False
-    stat = Path(f"/proc/{pid}/stat")  # where nobody collects orphans they stay as zombies
+    stat = Path(
+        f"/proc/{pid}/stat"
+    )  # where nobody collects orphans they stay as zombies
     return not (stat.exists() and stat.read_text().rsplit(")", 1)[1].split()[0] == "Z")
 
 
@@ -302,7 +436,13 @@ def wait_for(what, seconds):
 def test_killed_in_the_middle_and_called_again(tmp_path):
     killed, smooth = tmp_path / "killed", tmp_path / "smooth"
     run = driver(killed, 2, DELAY="0.5")
-    wait_for(lambda: run.poll() is not None or len(list((killed / "ladder" / "tiny").glob("*.json"))) >= 3, 240)
+    wait_for(
+        lambda: (
+            run.poll() is not None
+            or len(list((killed / "ladder" / "tiny").glob("*.json"))) >= 3
+        ),
+        240,
+    )
     assert run.poll() is None, run.stderr.read()
     run.send_signal(signal.SIGKILL)
     run.wait()
@@ -316,8 +456,13 @@ def test_killed_in_the_middle_and_called_again(tmp_path):
     assert again.wait(300) == 0, again.stderr.read()
     done = records(killed)
     assert len(done) == 3 * (2 * 2 + 3), "none missing, none twice"
-    assert {n: (killed / "ladder" / "tiny" / n).stat().st_mtime_ns for n in kept} == times, "what was there is not run again"
-    named = {(r["settings"]["method"], r["settings"]["lr"], r["settings"]["seed"]) for r in done.values()}
+    assert {
+        n: (killed / "ladder" / "tiny" / n).stat().st_mtime_ns for n in kept
+    } == times, "what was there is not run again"
+    named = {
+        (r["settings"]["method"], r["settings"]["lr"], r["settings"]["seed"])
+        for r in done.values()
+    }
     assert len(named) == len(done)
 
     calm = driver(smooth, 1)
@@ -325,7 +470,10 @@ def test_killed_in_the_middle_and_called_again(tmp_path):
     expected = records(smooth)
     assert done.keys() == expected.keys()
     for name in done:
-        assert done[name].get("splits") == expected[name].get("splits") and done[name]["best"] == expected[name]["best"], name
+        assert (
+            done[name].get("splits") == expected[name].get("splits")
+            and done[name]["best"] == expected[name]["best"]
+        ), name
 
 
 def test_a_failing_run_is_told_at_once(tmp_path):
@@ -333,4 +481,6 @@ def test_a_failing_run_is_told_at_once(tmp_path):
     run = driver(tmp_path / "failing", 2, FAIL="101", DELAY="2")
     _, errors = run.communicate(timeout=300)
     assert run.returncode != 0 and "made to fail" in errors
-    assert len(records(tmp_path / "failing")) < 6, "the rest of the search was cancelled"
+    assert len(records(tmp_path / "failing")) < 6, (
+        "the rest of the search was cancelled"
+    )

@@ -1,14 +1,25 @@
 """Continuation-KD's hinge, schedules and objective, against naive versions and Annealing-KD."""
+
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import given, settings, strategies as st
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from test_annealing_kd import images, logits, same, train
 
 from kdbook.annealing_kd import AnnealingKD, annealing_loss, phi
-from kdbook.continuation_kd import ContinuationKD, check_psi, hinge_loss, linear_psi, mixed_loss, paper_psi, recipe, step_psi
+from kdbook.continuation_kd import (
+    ContinuationKD,
+    check_psi,
+    hinge_loss,
+    linear_psi,
+    mixed_loss,
+    paper_psi,
+    recipe,
+    step_psi,
+)
 from kdbook.data import hide_labels
 from kdbook.training import CrossEntropy, Recipe, Stage
-from test_annealing_kd import images, logits, same, train
 
 FAST = settings(max_examples=60, deadline=None)
 SCALES, MARGINS, SEEDS = st.floats(0.05, 1), st.floats(0, 5), st.integers(0, 999)
@@ -25,6 +36,7 @@ def naive_hinge(student, teacher, scale, margin):
 
 # the hinge
 
+
 @FAST
 @given(SCALES, MARGINS, SEEDS)
 def test_hinge_is_its_formula(scale, margin, seed):
@@ -32,7 +44,10 @@ def test_hinge_is_its_formula(scale, margin, seed):
     found = hinge_loss(a, b, scale, margin, reduction="none")
     assert found.tolist() == pytest.approx(naive_hinge(a, b, scale, margin))
     assert hinge_loss(a, b, scale, margin).item() == pytest.approx(found.mean().item())
-    assert hinge_loss(a, b, scale, margin, hinge="batch").item() <= found.mean().item() + 1e-12
+    assert (
+        hinge_loss(a, b, scale, margin, hinge="batch").item()
+        <= found.mean().item() + 1e-12
+    )
 
 
 @FAST
@@ -42,7 +57,9 @@ def test_gradient_is_all_or_nothing(scale, margin, seed):
     a, b = logits(seed=seed).requires_grad_(), logits(seed=seed + 1).requires_grad_()
     hinge_loss(a, b, scale, margin, reduction="none").sum().backward()
     outside = annealing_loss(a, b, scale, "none") > margin * scale
-    expected = torch.where(outside[:, None], 2 * (a - scale * b) / a.shape[1], torch.zeros_like(a))
+    expected = torch.where(
+        outside[:, None], 2 * (a - scale * b) / a.shape[1], torch.zeros_like(a)
+    )
     torch.testing.assert_close(a.grad, expected.detach())
     assert b.grad is None
 
@@ -51,79 +68,125 @@ def test_gradient_is_all_or_nothing(scale, margin, seed):
 @given(SCALES, SEEDS)
 def test_no_margin_is_annealing_and_a_larger_one_never_costs_more(scale, seed):
     a, b = logits(seed=seed), logits(seed=seed + 1)
-    assert torch.equal(hinge_loss(a, b, scale, 0.0, reduction="none"), annealing_loss(a, b, scale, "none"))
+    assert torch.equal(
+        hinge_loss(a, b, scale, 0.0, reduction="none"),
+        annealing_loss(a, b, scale, "none"),
+    )
     losses = [hinge_loss(a, b, scale, m).item() for m in (0.0, 0.1, 1.0, 1e9)]
     assert losses == sorted(losses, reverse=True) and losses[-1] == 0
 
 
 def test_regression_has_one_column():
-    assert hinge_loss(torch.tensor([[3.0]]), torch.tensor([[2.0]]), 0.5, 1.0).item() == pytest.approx(4 - 0.5)
+    assert hinge_loss(
+        torch.tensor([[3.0]]), torch.tensor([[2.0]]), 0.5, 1.0
+    ).item() == pytest.approx(4 - 0.5)
 
 
 # the schedules
+
 
 @FAST
 @given(st.integers(1, 120), st.data())
 def test_every_psi_is_legal(epochs, data):
     start = data.draw(st.integers(0, epochs))
     end = data.draw(st.integers(start + 1, epochs + 20))
-    for psi in (linear_psi(epochs, start, end), step_psi(epochs, start), paper_psi(epochs), paper_psi(epochs, "cifar")):
+    for psi in (
+        linear_psi(epochs, start, end),
+        step_psi(epochs, start),
+        paper_psi(epochs),
+        paper_psi(epochs, "cifar"),
+    ):
         check_psi(psi, epochs)
     assert step_psi(epochs, start) == [0.0] * start + [1.0] * (epochs - start)
 
 
 def test_printed_schedules():
     assert paper_psi(30) == [i / 40 if i <= 20 else 1.0 for i in range(1, 31)]
-    assert paper_psi(200, "cifar") == pytest.approx([min(i / 150, 1) for i in range(1, 201)])
+    assert paper_psi(200, "cifar") == pytest.approx(
+        [min(i / 150, 1) for i in range(1, 201)]
+    )
 
 
 @FAST
 @given(st.integers(1, 10), st.integers(2, 90))
 def test_schedule_reaches_the_whole_teacher_before_it_falls_silent(tau_max, epochs):
     psi = linear_psi(epochs)
-    if epochs - 1 < tau_max: return
+    if epochs - 1 < tau_max:
+        return
     rows = ContinuationKD(tau_max).schedule(epochs)
     heard = [scale for scale, weight in rows if weight < 1]
-    assert len(rows) == epochs and heard == sorted(heard) and heard[0] == pytest.approx(1 / tau_max) and heard[-1] == 1
+    assert (
+        len(rows) == epochs
+        and heard == sorted(heard)
+        and heard[0] == pytest.approx(1 / tau_max)
+        and heard[-1] == 1
+    )
     assert [weight for _, weight in rows] == psi
 
 
 def test_printed_annealing_is_clipped():
     rows = ContinuationKD(10, psi=paper_psi, anneal="all").schedule(30)
-    assert max(scale for scale, _ in rows) == 1 and max(scale for scale, weight in rows if weight < 1) == pytest.approx(phi(4, 10))
-    assert all(0 < scale <= 1 for n in range(11, 40) for tau in range(1, 12) for scale, _ in ContinuationKD(tau, psi=paper_psi, anneal="all").schedule(n))
+    assert max(scale for scale, _ in rows) == 1 and max(
+        scale for scale, weight in rows if weight < 1
+    ) == pytest.approx(phi(4, 10))
+    assert all(
+        0 < scale <= 1
+        for n in range(11, 40)
+        for tau in range(1, 12)
+        for scale, _ in ContinuationKD(tau, psi=paper_psi, anneal="all").schedule(n)
+    )
 
 
-@pytest.mark.parametrize("call, said", [
-    (lambda: hinge_loss(logits(), logits(), margin=-0.1), ["margin", "-0.1"]),
-    (lambda: hinge_loss(logits(), logits(), phi=1.1), ["phi", "1.1"]),
-    (lambda: hinge_loss(logits(), logits(classes=3)), ["(6, 4)", "(6, 3)"]),
-    (lambda: ContinuationKD(tau_max=0), ["tau_max", "0"]),
-    (lambda: ContinuationKD(margin=-2), ["margin", "-2"]),
-    (lambda: ContinuationKD(anneal="none"), ["anneal", "none"]),
-    (lambda: ContinuationKD(2, psi=[0, 1]).schedule(5), ["2 weights", "5 epochs"]),
-    (lambda: ContinuationKD(2, psi=[0, .6, .5]).schedule(3), ["0.6", "0.5", "must not fall"]),
-    (lambda: ContinuationKD(2, psi=lambda n: [-0.5] * n).schedule(3), ["-0.5", "[0, 1]"]),
-    (lambda: linear_psi(9, 5, 5), ["start=5", "end=5"]),
-    (lambda: step_psi(3, 4), ["after=4", "epochs=3"]),
-    (lambda: ContinuationKD(hinge="row"), ["hinge", "row"]),
-    (lambda: ContinuationKD(5, psi=paper_psi, anneal="all").schedule(4), ["4 epochs", "5 temperatures"]),
-    (lambda: mixed_loss(logits(), logits(), torch.zeros(6).long(), .5, 1.5), ["psi", "1.5"]),
-    (lambda: paper_psi(9, "squad"), ["squad"]),
-    (lambda: recipe(tau_max=7, epochs=5), ["7", "4"]),
-    (lambda: recipe(margin=-1), ["margin", "-1"]),
-])
+@pytest.mark.parametrize(
+    "call, said",
+    [
+        (lambda: hinge_loss(logits(), logits(), margin=-0.1), ["margin", "-0.1"]),
+        (lambda: hinge_loss(logits(), logits(), phi=1.1), ["phi", "1.1"]),
+        (lambda: hinge_loss(logits(), logits(classes=3)), ["(6, 4)", "(6, 3)"]),
+        (lambda: ContinuationKD(tau_max=0), ["tau_max", "0"]),
+        (lambda: ContinuationKD(margin=-2), ["margin", "-2"]),
+        (lambda: ContinuationKD(anneal="none"), ["anneal", "none"]),
+        (lambda: ContinuationKD(2, psi=[0, 1]).schedule(5), ["2 weights", "5 epochs"]),
+        (
+            lambda: ContinuationKD(2, psi=[0, 0.6, 0.5]).schedule(3),
+            ["0.6", "0.5", "must not fall"],
+        ),
+        (
+            lambda: ContinuationKD(2, psi=lambda n: [-0.5] * n).schedule(3),
+            ["-0.5", "[0, 1]"],
+        ),
+        (lambda: linear_psi(9, 5, 5), ["start=5", "end=5"]),
+        (lambda: step_psi(3, 4), ["after=4", "epochs=3"]),
+        (lambda: ContinuationKD(hinge="row"), ["hinge", "row"]),
+        (
+            lambda: ContinuationKD(5, psi=paper_psi, anneal="all").schedule(4),
+            ["4 epochs", "5 temperatures"],
+        ),
+        (
+            lambda: mixed_loss(logits(), logits(), torch.zeros(6).long(), 0.5, 1.5),
+            ["psi", "1.5"],
+        ),
+        (lambda: paper_psi(9, "squad"), ["squad"]),
+        (lambda: recipe(tau_max=7, epochs=5), ["7", "4"]),
+        (lambda: recipe(margin=-1), ["margin", "-1"]),
+    ],
+)
 def test_bad_input_names_the_values(call, said):
-    with pytest.raises(ValueError) as error: call()
-    for word in said: assert word in str(error.value)
+    with pytest.raises(ValueError) as error:
+        call()
+    for word in said:
+        assert word in str(error.value)
 
 
 def test_fit_checks_the_schedule_before_it_starts():
-    with pytest.raises(ValueError, match="3 weights for 2 epochs"): train(Recipe((Stage(ContinuationKD(1, psi=[0, .5, 1]), 2),)), images())
-    with pytest.raises(ValueError, match="cannot hold 5 temperatures"): train(Recipe((Stage(AnnealingKD(5), 2),)), images())
+    with pytest.raises(ValueError, match="3 weights for 2 epochs"):
+        train(Recipe((Stage(ContinuationKD(1, psi=[0, 0.5, 1]), 2),)), images())
+    with pytest.raises(ValueError, match="cannot hold 5 temperatures"):
+        train(Recipe((Stage(AnnealingKD(5), 2),)), images())
 
 
 # the objective
+
 
 @FAST
 @given(SCALES, st.floats(0, 1), MARGINS, SEEDS)
@@ -131,16 +194,23 @@ def test_mixed_loss_is_the_weighted_sum(scale, psi, margin, seed):
     a, b = logits(seed=seed), logits(seed=seed + 1)
     y = torch.randint(0, 4, (6,), generator=torch.Generator().manual_seed(seed))
     expected = psi * F.cross_entropy(a, y) + (1 - psi) * hinge_loss(a, b, scale, margin)
-    assert mixed_loss(a, b, y, scale, psi, margin).total.item() == pytest.approx(expected.item())
+    assert mixed_loss(a, b, y, scale, psi, margin).total.item() == pytest.approx(
+        expected.item()
+    )
 
 
 def test_rows_without_labels():
     a, b, y = logits(), logits(seed=1), torch.tensor([0, -100, 2, -100, -100, 1])
     known = y != -100
-    expected = .5 * F.cross_entropy(a[known], y[known]) + .5 * hinge_loss(a, b, .5, .1)
-    assert mixed_loss(a, b, y, .5, .5).total.item() == pytest.approx(expected.item())
-    nothing = mixed_loss(a.requires_grad_(), b, torch.full((6,), -100), .5, 1.0)
-    assert nothing.total.item() == 0 and torch.autograd.grad(nothing.total, a)[0].abs().max() == 0
+    expected = 0.5 * F.cross_entropy(a[known], y[known]) + 0.5 * hinge_loss(
+        a, b, 0.5, 0.1
+    )
+    assert mixed_loss(a, b, y, 0.5, 0.5).total.item() == pytest.approx(expected.item())
+    nothing = mixed_loss(a.requires_grad_(), b, torch.full((6,), -100), 0.5, 1.0)
+    assert (
+        nothing.total.item() == 0
+        and torch.autograd.grad(nothing.total, a)[0].abs().max() == 0
+    )
 
 
 def test_labels_do_not_matter_before_the_hand_over():
@@ -152,32 +222,54 @@ def test_labels_do_not_matter_before_the_hand_over():
 
 def test_micro_batches_give_the_same_student():
     "Up to the order of sums, since every row has its label."
-    whole, pieces = (train(recipe(2, epochs=4, lr=1e-3, batch_size=16), images(), micro_batches=n).student for n in (1, 4))
-    for a, b in zip(whole.state_dict().values(), pieces.state_dict().values()): torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-3)
+    whole, pieces = (
+        train(
+            recipe(2, epochs=4, lr=1e-3, batch_size=16), images(), micro_batches=n
+        ).student
+        for n in (1, 4)
+    )
+    for a, b in zip(whole.state_dict().values(), pieces.state_dict().values()):
+        torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-3)
 
 
 def test_resumes_to_the_same_bits(tmp_path):
     "Stopped after three of six epochs by an error, called again: schedule and weights go on."
+
     class Stop(ContinuationKD):
         broken = True
+
         def __call__(self, student, batch, progress):
-            if self.broken and progress.epoch == 3: raise KeyboardInterrupt
+            if self.broken and progress.epoch == 3:
+                raise KeyboardInterrupt
             return super().__call__(student, batch, progress)
+
     Stop.__qualname__ = "ContinuationKD"
     what = Recipe((Stage(Stop(3), 6, 5e-3, 16),))
-    with pytest.raises(KeyboardInterrupt): train(what, images(), checkpoint=tmp_path / "c")
+    with pytest.raises(KeyboardInterrupt):
+        train(what, images(), checkpoint=tmp_path / "c")
     Stop.broken = False
     resumed = train(what, images(), checkpoint=tmp_path / "c")
-    assert same(resumed.student, train(what, images()).student) and len(resumed.history) == 6
+    assert (
+        same(resumed.student, train(what, images()).student)
+        and len(resumed.history) == 6
+    )
 
 
 def test_few_labels_much_text_trains_on_all_rows():
     data = hide_labels(images(rows=48), keep=12, seed=0)
     history = train(recipe(2, epochs=4, lr=5e-3, batch_size=16), data).history
-    assert [("teacher_loss" in row, "label_loss" in row) for row in history] == [(True, False), (True, True), (True, True), (False, True)]
+    assert [("teacher_loss" in row, "label_loss" in row) for row in history] == [
+        (True, False),
+        (True, True),
+        (True, True),
+        (False, True),
+    ]
 
 
 def test_all_labels_is_plain_cross_entropy():
     "A hand-over before the first epoch is fine-tuning, to the bit."
     data, objective = images(), ContinuationKD(1, psi=step_psi(3, 0))
-    assert same(train(Recipe((Stage(objective, 3, 5e-3, 16),)), data).student, train(Recipe((Stage(CrossEntropy(), 3, 5e-3, 16),)), data).student)
+    assert same(
+        train(Recipe((Stage(objective, 3, 5e-3, 16),)), data).student,
+        train(Recipe((Stage(CrossEntropy(), 3, 5e-3, 16),)), data).student,
+    )

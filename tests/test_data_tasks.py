@@ -1,13 +1,32 @@
 """The tasks: splits, labels, folders of parquet files, and what importing the module needs."""
-import os, random, re, subprocess, sys, time
+
+import os
+import random
+import re
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import pytest
-from hypothesis import given, settings, strategies as st
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from kdbook import data
-from kdbook.data import (FetchError, clean_rated, disagreement, fetch, hide_labels, human_probs, load_task, one_rater, rater_accuracy,
-                         read_rated, seeded_order, stratified_order)
+from kdbook.data import (
+    FetchError,
+    clean_rated,
+    disagreement,
+    fetch,
+    hide_labels,
+    human_probs,
+    load_task,
+    one_rater,
+    rater_accuracy,
+    read_rated,
+    seeded_order,
+    stratified_order,
+)
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -45,7 +64,10 @@ def test_every_prefix_of_a_stratified_order_is_stratified(labels, seed):
         head = [labels[i] for i in order[:cut]]
         for c, n in total.items():
             share = n / len(labels)
-            assert abs(head.count(c) - share * cut) <= (1 + share * (len(total) - 2)) / 2 + 1e-9
+            assert (
+                abs(head.count(c) - share * cut)
+                <= (1 + share * (len(total) - 2)) / 2 + 1e-9
+            )
 
 
 @settings(max_examples=100, deadline=None)
@@ -54,7 +76,9 @@ def test_a_cut_uses_every_row_once(n, train, validation, seed):
     cuts = data._cut(seeded_order(n, seed), dict(train=train, validation=validation))
     assert sorted(sum(cuts.values(), [])) == list(range(n))
     assert list(cuts) == ["train", "validation", "test"]
-    assert len(cuts["train"]) == min(train, n) and len(cuts["validation"]) == min(validation, max(n - train, 0))
+    assert len(cuts["train"]) == min(train, n) and len(cuts["validation"]) == min(
+        validation, max(n - train, 0)
+    )
 
 
 @pytest.fixture(scope="module")
@@ -64,16 +88,33 @@ def movies():
 
 
 def test_movies_has_the_promised_rows_and_columns(movies):
-    assert {s: len(d) for s, d in movies.items()} == dict(train=8000, validation=541, test=1500, amazon=2935, editorials=2751, tweets=3362)
-    assert list(movies) == ["train", "validation", "test", "amazon", "editorials", "tweets"]
+    assert {s: len(d) for s, d in movies.items()} == dict(
+        train=8000, validation=541, test=1500, amazon=2935, editorials=2751, tweets=3362
+    )
+    assert list(movies) == [
+        "train",
+        "validation",
+        "test",
+        "amazon",
+        "editorials",
+        "tweets",
+    ]
     for split in movies.values():
         assert split.column_names == ["idx", "text", "label", "ratings", "human_probs"]
         assert split.features["label"].names == ["negative", "positive"]
         assert "duplicates dropped" in split.info.description
         for row in split:
             mean = sum(row["ratings"]) / len(row["ratings"])
-            assert abs(mean) > .5 and row["label"] == (mean > 0) and row["human_probs"] == human_probs(row["ratings"])
-            assert row["text"] and row["text"] == row["text"].strip() and set(row["ratings"]) <= set(range(-4, 5))
+            assert (
+                abs(mean) > 0.5
+                and row["label"] == (mean > 0)
+                and row["human_probs"] == human_probs(row["ratings"])
+            )
+            assert (
+                row["text"]
+                and row["text"] == row["text"].strip()
+                and set(row["ratings"]) <= set(range(-4, 5))
+            )
 
 
 @pytest.mark.parametrize("seed", [0, 1, 17, -3])
@@ -82,8 +123,13 @@ def test_no_sentence_is_in_two_splits(seed):
     task = load_task("movies", seed=seed)
     texts = [text for d in task.values() for text in d["text"]]
     assert len(texts) == len(set(texts)) == 19089
-    loose = [{re.sub(r"\W+", "", t).lower() for t in task[s]["text"]} for s in ("train", "validation", "test")]
-    assert sum(map(len, loose)) == len(set().union(*loose)) == 10041  # not even up to case and punctuation
+    loose = [
+        {re.sub(r"\W+", "", t).lower() for t in task[s]["text"]}
+        for s in ("train", "validation", "test")
+    ]
+    assert (
+        sum(map(len, loose)) == len(set().union(*loose)) == 10041
+    )  # not even up to case and punctuation
 
 
 def test_idx_is_the_row_in_the_source_file_whatever_the_seed(movies):
@@ -91,7 +137,9 @@ def test_idx_is_the_row_in_the_source_file_whatever_the_seed(movies):
     rows = read_rated(fetch("movies"), "movies")
     for task in (movies, other):
         for split in ("train", "validation", "test"):
-            assert [rows[i]["text"] for i in task[split]["idx"]] == list(task[split]["text"])
+            assert [rows[i]["text"] for i in task[split]["idx"]] == list(
+                task[split]["text"]
+            )
     assert list(other["tweets"]["idx"]) == list(movies["tweets"]["idx"])
     assert list(other["train"]["idx"]) != list(movies["train"]["idx"])
     for source in ("amazon", "editorials", "tweets"):
@@ -102,16 +150,36 @@ def test_ratings_are_joined_by_id():
     "Each sentence's stated mean is that of its ratings; in the tweets' file 199 are known to be of another collection."
     folder = fetch("movies")
     for source, differing in dict(movies=0, amazon=0, editorials=0, tweets=199).items():
-        stated = [float(line.split("\t")[1]) for line in open(folder / f"{data.RATED[source]}_GroundTruth.txt", encoding="utf-8-sig")]
-        means = [sum(row["ratings"]) / len(row["ratings"]) for row in read_rated(folder, source)]
-        assert sum(abs(a - b) > 1e-6 for a, b in zip(stated, means, strict=True)) == differing
-        assert all((a > 0, abs(a) > .5) == (b > 0, abs(b) > .5) for a, b in zip(stated, means) if abs(a - b) > 1e-6)
+        stated = [
+            float(line.split("\t")[1])
+            for line in open(
+                folder / f"{data.RATED[source]}_GroundTruth.txt", encoding="utf-8-sig"
+            )
+        ]
+        means = [
+            sum(row["ratings"]) / len(row["ratings"])
+            for row in read_rated(folder, source)
+        ]
+        assert (
+            sum(abs(a - b) > 1e-6 for a, b in zip(stated, means, strict=True))
+            == differing
+        )
+        assert all(
+            (a > 0, abs(a) > 0.5) == (b > 0, abs(b) > 0.5)
+            for a, b in zip(stated, means)
+            if abs(a - b) > 1e-6
+        )
 
 
-def test_movies_load_offline_from_a_warm_cache_within_three_seconds(movies, no_process, monkeypatch):
+def test_movies_load_offline_from_a_warm_cache_within_three_seconds(
+    movies, no_process, monkeypatch
+):
     no_process()
     import socket
-    monkeypatch.setattr(socket.socket, "connect", lambda *a: pytest.fail("opened a connection"))
+
+    monkeypatch.setattr(
+        socket.socket, "connect", lambda *a: pytest.fail("opened a connection")
+    )
     times = []
     for _ in range(3):
         start = time.process_time()
@@ -124,13 +192,24 @@ def test_the_counts_are_printed_once_per_process(movies, capsys, monkeypatch):
     monkeypatch.setattr(data, "_told", set())
     load_task("movies"), load_task("movies", seed=1)
     said = capsys.readouterr().out.splitlines()
-    assert said[0] == "movies: 10,605 read, 562 unclear and 2 duplicates dropped, 10,041 kept" and len(said) == 4
+    assert (
+        said[0]
+        == "movies: 10,605 read, 562 unclear and 2 duplicates dropped, 10,041 kept"
+        and len(said) == 4
+    )
 
 
 def test_duplicates_are_dropped_across_sources_and_in_their_order():
     row = lambda text, *ratings: dict(text=text, ratings=list(ratings))
-    kept, counts = clean_rated(dict(a=[row("x", 2), row("w", 0)], b=[row("y", -2), row("x", 2), row("w", 3), row("y", 4)]))
-    assert [r["text"] for r in kept["b"]] == ["y", "w"] and kept["b"][0]["ratings"] == [-2]
+    kept, counts = clean_rated(
+        dict(
+            a=[row("x", 2), row("w", 0)],
+            b=[row("y", -2), row("x", 2), row("w", 3), row("y", 4)],
+        )
+    )
+    assert [r["text"] for r in kept["b"]] == ["y", "w"] and kept["b"][0]["ratings"] == [
+        -2
+    ]
     assert counts["b"] == dict(read=4, unclear=0, duplicates=2, kept=2)
 
 
@@ -147,16 +226,22 @@ def test_human_probs_are_shares(ratings):
 def test_digits(seed):
     pytest.importorskip("sklearn")
     task = load_task("digits", seed=seed)
-    assert {s: len(d) for s, d in task.items()} == dict(train=600, validation=300, test=897)
+    assert {s: len(d) for s, d in task.items()} == dict(
+        train=600, validation=300, test=897
+    )
     assert sorted(sum((list(d["idx"]) for d in task.values()), [])) == list(range(1797))
     counts = [sum(list(d["label"]).count(c) for d in task.values()) for c in range(10)]
     for d in task.values():
-        assert all(abs(list(d["label"]).count(c) - counts[c] * len(d) / 1797) <= 1.5 for c in range(10))
+        assert all(
+            abs(list(d["label"]).count(c) - counts[c] * len(d) / 1797) <= 1.5
+            for c in range(10)
+        )
     pixels = task["test"][0]["pixel_values"]
     assert len(pixels) == 64 and 0 <= min(pixels) and max(pixels) <= 1
 
 
 # ---- labels ----------------------------------------------------------------------------------------------------------------
+
 
 @settings(max_examples=10, deadline=None)
 @given(st.integers(0, 1500), st.integers(0, 1500), st.integers(0, 99))
@@ -174,7 +259,14 @@ def test_hidden_labels_are_nested_and_touch_nothing_else(movies, a, b, seed):
 
 
 def test_other_seeds_keep_other_labels(movies):
-    shown = [{i for i, l in enumerate(hide_labels(movies["test"], 100, seed)["label"]) if l != -100} for seed in (0, 0, 1)]
+    shown = [
+        {
+            i
+            for i, l in enumerate(hide_labels(movies["test"], 100, seed)["label"])
+            if l != -100
+        }
+        for seed in (0, 0, 1)
+    ]
     assert shown[0] == shown[1] != shown[2]
     for keep in (-1, 1501):
         with pytest.raises(ValueError, match="1500"):
@@ -186,12 +278,19 @@ def test_one_rater_is_right_as_often_as_expected_and_wrong_where_raters_split(mo
     votes = one_rater(rows)
     assert votes.column_names == rows.column_names
     wrong = [v != l for v, l in zip(votes["label"], rows["label"])]
-    assert abs(1 - sum(wrong) / len(rows) - rater_accuracy(rows)) < .015
-    assert not any(w for w, p in zip(wrong, rows["human_probs"]) if max(p[0], p[2]) == 1)  # unanimous: nothing to get wrong
-    assert list(one_rater(rows)["label"]) == list(votes["label"]) != list(one_rater(rows, 1)["label"])
+    assert abs(1 - sum(wrong) / len(rows) - rater_accuracy(rows)) < 0.015
+    assert not any(
+        w for w, p in zip(wrong, rows["human_probs"]) if max(p[0], p[2]) == 1
+    )  # unanimous: nothing to get wrong
+    assert (
+        list(one_rater(rows)["label"])
+        == list(votes["label"])
+        != list(one_rater(rows, 1)["label"])
+    )
 
 
 # ---- folders of parquet files ------------------------------------------------------------------------------------------------
+
 
 def write(folder, split, **columns):
     pa, pq = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
@@ -200,11 +299,40 @@ def write(folder, split, **columns):
 
 
 def test_a_folder_of_parquet_files(tmp_path, monkeypatch, capsys):
-    write(tmp_path / "rte", "test", sentence1=["a", "b"], sentence2=["c", "d"], label=[-1, -1], idx=[0, 1])
-    write(tmp_path / "rte", "train", sentence1=["a", "b"], sentence2=["c", "d"], label=[1, 0], idx=[7, 9], more=[0, 0])
-    write(tmp_path / "rte", "extra", sentence1=["a", "b"], sentence2=["c", "d"], label=[0, -1], idx=[0, 1])
-    write(tmp_path / "rte", "validation", sentence1=["e"], sentence2=["f"], label=[0], idx=[3])
-    write(tmp_path / "rte", "side_file", idx=[0], score=[1.])
+    write(
+        tmp_path / "rte",
+        "test",
+        sentence1=["a", "b"],
+        sentence2=["c", "d"],
+        label=[-1, -1],
+        idx=[0, 1],
+    )
+    write(
+        tmp_path / "rte",
+        "train",
+        sentence1=["a", "b"],
+        sentence2=["c", "d"],
+        label=[1, 0],
+        idx=[7, 9],
+        more=[0, 0],
+    )
+    write(
+        tmp_path / "rte",
+        "extra",
+        sentence1=["a", "b"],
+        sentence2=["c", "d"],
+        label=[0, -1],
+        idx=[0, 1],
+    )
+    write(
+        tmp_path / "rte",
+        "validation",
+        sentence1=["e"],
+        sentence2=["f"],
+        label=[0],
+        idx=[3],
+    )
+    write(tmp_path / "rte", "side_file", idx=[0], score=[1.0])
     monkeypatch.setattr(data, "_told", set())
     task = load_task("rte", data_dir=tmp_path)
     assert list(task) == ["train", "validation", "extra"]
@@ -218,7 +346,13 @@ def test_a_folder_of_parquet_files(tmp_path, monkeypatch, capsys):
 
 
 def test_scores_stay_floats_and_missing_idx_is_the_row(tmp_path):
-    write(tmp_path / "stsb", "train", sentence1=["a", "b"], sentence2=["c", "d"], label=[2.5, 0.])
+    write(
+        tmp_path / "stsb",
+        "train",
+        sentence1=["a", "b"],
+        sentence2=["c", "d"],
+        label=[2.5, 0.0],
+    )
     train = load_task("stsb", data_dir=tmp_path)["train"]
     assert train["label"][0] == 2.5 and list(train["idx"]) == [0, 1]
     assert list(hide_labels(train, 0)["label"]) == [-100, -100]
@@ -228,11 +362,15 @@ def test_names_and_paths_that_do_not_exist(tmp_path, monkeypatch):
     pytest.importorskip("datasets")
     monkeypatch.delenv("KDBOOK_DATA", raising=False)
     write(tmp_path / "mine", "train", text=["a"], label=[0])
-    with pytest.raises(ValueError, match="'moive'; there are movies, characters, digits, cola, .*wnli$"):
+    with pytest.raises(
+        ValueError, match="'moive'; there are movies, characters, digits, cola, .*wnli$"
+    ):
         load_task("moive")
     with pytest.raises(ValueError, match="mine"):
         load_task("moive", data_dir=tmp_path)
-    with pytest.raises(FileNotFoundError, match=re.escape(str(tmp_path / "sst2" / "train.parquet"))):
+    with pytest.raises(
+        FileNotFoundError, match=re.escape(str(tmp_path / "sst2" / "train.parquet"))
+    ):
         load_task("sst2", data_dir=tmp_path)
     with pytest.raises(FileNotFoundError, match="KDBOOK_DATA"):
         load_task("sst2", data_dir=tmp_path / "nowhere")
@@ -241,8 +379,10 @@ def test_names_and_paths_that_do_not_exist(tmp_path, monkeypatch):
 def test_without_a_hub_the_error_names_the_way_out(monkeypatch):
     datasets = pytest.importorskip("datasets")
     monkeypatch.delenv("KDBOOK_DATA", raising=False)
+
     def unreachable(*args):
         raise ConnectionError("Couldn't reach the Hub\nand a long story")
+
     monkeypatch.setattr(datasets, "load_dataset", unreachable)
     with pytest.raises(FetchError, match="KDBOOK_DATA.*sst2/train.parquet") as error:
         load_task("sst2")
@@ -252,10 +392,20 @@ def test_without_a_hub_the_error_names_the_way_out(monkeypatch):
 def test_what_the_hub_gives_is_made_alike(monkeypatch):
     datasets = pytest.importorskip("datasets")
     monkeypatch.delenv("KDBOOK_DATA", raising=False)
+
     def hub(path, name):
         assert (path, name) == ("nyu-mll/glue", "mnli")
-        make = lambda label: datasets.Dataset.from_dict(dict(premise=["p"], hypothesis=["h"], label=[label], idx=[0]))
-        return datasets.DatasetDict(train=make(0), validation_matched=make(1), validation_mismatched=make(2), test_matched=make(-1), test_mismatched=make(-1))
+        make = lambda label: datasets.Dataset.from_dict(
+            dict(premise=["p"], hypothesis=["h"], label=[label], idx=[0])
+        )
+        return datasets.DatasetDict(
+            train=make(0),
+            validation_matched=make(1),
+            validation_mismatched=make(2),
+            test_matched=make(-1),
+            test_mismatched=make(-1),
+        )
+
     monkeypatch.setattr(datasets, "load_dataset", hub)
     task = load_task("mnli")
     assert list(task) == ["train", "validation", "validation_mismatched"]
@@ -269,8 +419,13 @@ def test_every_set_of_the_users_folder():
     for name in sorted(p.name for p in root.iterdir() if p.is_dir()):
         for split, rows in load_task(name).items():
             pair = ["text_pair"] if "text_pair" in rows.column_names else []
-            assert rows.column_names == ["idx", "text", *pair, "label"] and len(rows), (name, split)
-            assert not {None, -1} & set(rows["label"]) and len(set(rows["idx"])) == len(rows), (name, split)
+            assert rows.column_names == ["idx", "text", *pair, "label"] and len(rows), (
+                name,
+                split,
+            )
+            assert not {None, -1} & set(rows["label"]) and len(set(rows["idx"])) == len(
+                rows
+            ), (name, split)
 
 
 @pytest.mark.data
@@ -284,9 +439,16 @@ def test_the_movie_sentences_are_also_in_sst2():
 
 # ---- imports ---------------------------------------------------------------------------------------------------------------------
 
+
 def test_importing_the_module_needs_no_optional_package():
     program = "import sys, kdbook.data; print([m for m in ('torch', 'datasets', 'transformers', 'pandas', 'matplotlib', 'sklearn', 'platformdirs', 'filelock') if m in sys.modules])"
-    said = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=ROOT, check=True).stdout
+    said = subprocess.run(
+        [sys.executable, "-c", program],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        check=True,
+    ).stdout
     assert said.strip() == "[]"
 
 

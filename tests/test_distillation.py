@@ -1,14 +1,29 @@
 """The losses against naive loops; what a teacher writes, what is kept of it, and what that costs."""
-import math, statistics, time
+
+import math
+import statistics
+import time
 
 import pytest
 import torch
-from hypothesis import given, settings, strategies as st
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import nn
 
 from kdbook import distillation
-from kdbook.distillation import (Rows, annotate, encode, forward, hinton_loss, length_sorted, logit_mse, predict_logits, reduce_loss,
-                                 soft_target_loss, soft_targets)
+from kdbook.distillation import (
+    Rows,
+    annotate,
+    encode,
+    forward,
+    hinton_loss,
+    length_sorted,
+    logit_mse,
+    predict_logits,
+    reduce_loss,
+    soft_target_loss,
+    soft_targets,
+)
 
 FAST = settings(max_examples=60, deadline=None)
 SHAPES = st.tuples(st.integers(1, 4), st.integers(2, 5))
@@ -17,10 +32,13 @@ SEEDS = st.integers(0, 10_000)
 
 
 def logits(*shape, seed=0, scale=3.0):
-    return scale * torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    return scale * torch.randn(
+        *shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64
+    )
 
 
 # the losses
+
 
 def naive_softmax(row, temperature):
     powers = [math.exp((v - max(row)) / temperature) for v in row]
@@ -36,7 +54,9 @@ def naive_kl(student, teacher, temperature):
 @given(SHAPES, TEMPERATURES, SEEDS)
 def test_soft_targets_against_a_loop(shape, temperature, seed):
     z = logits(*shape, seed=seed)
-    expected = torch.tensor([naive_softmax(row, temperature) for row in z.tolist()], dtype=z.dtype)
+    expected = torch.tensor(
+        [naive_softmax(row, temperature) for row in z.tolist()], dtype=z.dtype
+    )
     torch.testing.assert_close(soft_targets(z, temperature), expected)
 
 
@@ -44,32 +64,63 @@ def test_soft_targets_against_a_loop(shape, temperature, seed):
 @given(SHAPES, TEMPERATURES, st.floats(0, 1), SEEDS)
 def test_hinton_loss_against_a_loop(shape, temperature, alpha, seed):
     s, t = logits(*shape, seed=seed), logits(*shape, seed=seed + 1)
-    labels = torch.randint(-1, shape[1], shape[:1], generator=torch.Generator().manual_seed(seed))
+    labels = torch.randint(
+        -1, shape[1], shape[:1], generator=torch.Generator().manual_seed(seed)
+    )
     labels[labels == -1] = -100
     soft = [naive_kl(a, b, temperature) for a, b in zip(s.tolist(), t.tolist())]
-    hard = [0.0 if y == -100 else -math.log(naive_softmax(row, 1)[y]) for row, y in zip(s.tolist(), labels.tolist())]
+    hard = [
+        0.0 if y == -100 else -math.log(naive_softmax(row, 1)[y])
+        for row, y in zip(s.tolist(), labels.tolist())
+    ]
     each = hinton_loss(s, t, labels, temperature, alpha, "none")
-    torch.testing.assert_close(each, torch.tensor([alpha * a + (1 - alpha) * b for a, b in zip(soft, hard)], dtype=s.dtype))
-    mean = alpha * sum(soft) / len(soft) + (1 - alpha) * sum(hard) / max(1, sum(labels != -100).item())
-    assert hinton_loss(s, t, labels, temperature, alpha).item() == pytest.approx(mean, abs=1e-9)
-    torch.testing.assert_close(soft_target_loss(s, t, temperature, "none"), torch.tensor(soft, dtype=s.dtype))
+    torch.testing.assert_close(
+        each,
+        torch.tensor(
+            [alpha * a + (1 - alpha) * b for a, b in zip(soft, hard)], dtype=s.dtype
+        ),
+    )
+    mean = alpha * sum(soft) / len(soft) + (1 - alpha) * sum(hard) / max(
+        1, sum(labels != -100).item()
+    )
+    assert hinton_loss(s, t, labels, temperature, alpha).item() == pytest.approx(
+        mean, abs=1e-9
+    )
+    torch.testing.assert_close(
+        soft_target_loss(s, t, temperature, "none"), torch.tensor(soft, dtype=s.dtype)
+    )
 
 
 @FAST
 @given(st.integers(1, 4), st.integers(1, 5), SEEDS)
 def test_logit_mse_against_a_loop(rows, classes, seed):
     s, t = logits(rows, classes, seed=seed), logits(rows, classes, seed=seed + 1)
-    each = [sum((a - b) ** 2 for a, b in zip(x, y)) / classes for x, y in zip(s.tolist(), t.tolist())]
-    torch.testing.assert_close(logit_mse(s, t, "none"), torch.tensor(each, dtype=s.dtype))
+    each = [
+        sum((a - b) ** 2 for a, b in zip(x, y)) / classes
+        for x, y in zip(s.tolist(), t.tolist())
+    ]
+    torch.testing.assert_close(
+        logit_mse(s, t, "none"), torch.tensor(each, dtype=s.dtype)
+    )
     assert logit_mse(s, t).item() == pytest.approx(sum(each) / rows)
 
 
 def test_ends_of_alpha():
-    s, t, labels = logits(5, 3, seed=1), logits(5, 3, seed=2), torch.tensor([0, 2, 1, 1, 0])
-    torch.testing.assert_close(hinton_loss(s, t, labels, alpha=0.0), nn.functional.cross_entropy(s, labels))
-    torch.testing.assert_close(hinton_loss(s, t, labels, 3.0, alpha=1.0), soft_target_loss(s, t, 3.0))
+    s, t, labels = (
+        logits(5, 3, seed=1),
+        logits(5, 3, seed=2),
+        torch.tensor([0, 2, 1, 1, 0]),
+    )
+    torch.testing.assert_close(
+        hinton_loss(s, t, labels, alpha=0.0), nn.functional.cross_entropy(s, labels)
+    )
+    torch.testing.assert_close(
+        hinton_loss(s, t, labels, 3.0, alpha=1.0), soft_target_loss(s, t, 3.0)
+    )
     unlabelled = torch.full((5,), -100)
-    torch.testing.assert_close(hinton_loss(s, t, unlabelled, 3.0, alpha=0.3), 0.3 * soft_target_loss(s, t, 3.0))
+    torch.testing.assert_close(
+        hinton_loss(s, t, unlabelled, 3.0, alpha=0.3), 0.3 * soft_target_loss(s, t, 3.0)
+    )
 
 
 @FAST
@@ -77,24 +128,46 @@ def test_ends_of_alpha():
 def test_a_high_temperature_is_centred_logit_matching(shape, seed):
     s, t = logits(*shape, seed=seed), logits(*shape, seed=seed + 1)
     centred = (s - s.mean(-1, keepdim=True)) - (t - t.mean(-1, keepdim=True))
-    torch.testing.assert_close(soft_target_loss(s, t, 1e4, "none"), centred.pow(2).sum(-1) / (2 * shape[1]), rtol=5e-3, atol=1e-6)
+    torch.testing.assert_close(
+        soft_target_loss(s, t, 1e4, "none"),
+        centred.pow(2).sum(-1) / (2 * shape[1]),
+        rtol=5e-3,
+        atol=1e-6,
+    )
 
 
 def test_gradient_reaches_the_student_only():
     labels = torch.tensor([0, -100, 2, 1])
-    for loss in (lambda s, t: hinton_loss(s, t, labels), logit_mse, lambda s, t: soft_target_loss(s, t, 4.0)):
-        s, t = logits(4, 3, seed=1).requires_grad_(), logits(4, 3, seed=2).requires_grad_()
+    for loss in (
+        lambda s, t: hinton_loss(s, t, labels),
+        logit_mse,
+        lambda s, t: soft_target_loss(s, t, 4.0),
+    ):
+        s, t = (
+            logits(4, 3, seed=1).requires_grad_(),
+            logits(4, 3, seed=2).requires_grad_(),
+        )
         loss(s, t).backward()
         assert t.grad is None and s.grad.abs().sum() > 0
 
 
 @FAST
-@given(st.lists(st.lists(st.booleans(), min_size=4, max_size=4), min_size=1, max_size=3), SEEDS)
+@given(
+    st.lists(st.lists(st.booleans(), min_size=4, max_size=4), min_size=1, max_size=3),
+    SEEDS,
+)
 def test_a_mask_is_the_same_as_taking_tokens_out(mask, seed):
     mask = torch.tensor(mask)
-    s, t = logits(*mask.shape, 5, seed=seed).requires_grad_(), logits(*mask.shape, 5, seed=seed + 1)
+    s, t = (
+        logits(*mask.shape, 5, seed=seed).requires_grad_(),
+        logits(*mask.shape, 5, seed=seed + 1),
+    )
     masked = soft_target_loss(s, t, 2.0, mask=mask)
-    expected = soft_target_loss(s[mask], t[mask], 2.0) if mask.any() else torch.zeros((), dtype=s.dtype)
+    expected = (
+        soft_target_loss(s[mask], t[mask], 2.0)
+        if mask.any()
+        else torch.zeros((), dtype=s.dtype)
+    )
     torch.testing.assert_close(masked, expected)
     masked.backward()
     assert (s.grad[~mask] == 0).all() and bool((s.grad != 0).any()) == bool(mask.any())
@@ -102,17 +175,31 @@ def test_a_mask_is_the_same_as_taking_tokens_out(mask, seed):
     assert each.shape == mask.shape and (each[~mask] == 0).all()
 
 
-@pytest.mark.parametrize("call, words", [
-    (lambda: soft_targets(logits(2, 3), 0), ["temperature", "0"]),
-    (lambda: soft_target_loss(logits(2, 3), logits(2, 3), -1), ["temperature", "-1"]),
-    (lambda: soft_target_loss(logits(2, 3), logits(2, 4)), ["(2, 3)", "(2, 4)"]),
-    (lambda: soft_target_loss(logits(2, 1), logits(2, 1)), ["logit_mse"]),
-    (lambda: soft_target_loss(logits(2, 3), logits(2, 3), mask=torch.ones(3)), ["(3,)", "(2,)"]),
-    (lambda: logit_mse(logits(2, 1), logits(2)), ["(2, 1)", "(2,)"]),
-    (lambda: hinton_loss(logits(2, 3), logits(2, 3), torch.tensor([0, 1]), alpha=1.5), ["alpha", "1.5"]),
-    (lambda: reduce_loss(logits(3), "sum"), ["reduction", "sum"]),
-    (lambda: length_sorted([3, 2], 0), ["batch_size", "0"]),
-])
+@pytest.mark.parametrize(
+    "call, words",
+    [
+        (lambda: soft_targets(logits(2, 3), 0), ["temperature", "0"]),
+        (
+            lambda: soft_target_loss(logits(2, 3), logits(2, 3), -1),
+            ["temperature", "-1"],
+        ),
+        (lambda: soft_target_loss(logits(2, 3), logits(2, 4)), ["(2, 3)", "(2, 4)"]),
+        (lambda: soft_target_loss(logits(2, 1), logits(2, 1)), ["logit_mse"]),
+        (
+            lambda: soft_target_loss(logits(2, 3), logits(2, 3), mask=torch.ones(3)),
+            ["(3,)", "(2,)"],
+        ),
+        (lambda: logit_mse(logits(2, 1), logits(2)), ["(2, 1)", "(2,)"]),
+        (
+            lambda: hinton_loss(
+                logits(2, 3), logits(2, 3), torch.tensor([0, 1]), alpha=1.5
+            ),
+            ["alpha", "1.5"],
+        ),
+        (lambda: reduce_loss(logits(3), "sum"), ["reduction", "sum"]),
+        (lambda: length_sorted([3, 2], 0), ["batch_size", "0"]),
+    ],
+)
 def test_bad_input_is_named(call, words):
     with pytest.raises(ValueError) as error:
         call()
@@ -121,8 +208,10 @@ def test_bad_input_is_named(call, words):
 
 # models on rows
 
+
 class Counting(nn.Module):
     "A plain model that returns a tensor and counts its calls; `stop` ends it at a call, as Ctrl-C would."
+
     def __init__(self, seed=0):
         super().__init__()
         with torch.random.fork_rng():
@@ -136,23 +225,38 @@ class Counting(nn.Module):
             raise KeyboardInterrupt
         self.calls += 1
         mask = attention_mask[..., None].float()
-        return self.head(self.dropout((self.words(input_ids) * mask).sum(1) / mask.sum(1)))
+        return self.head(
+            self.dropout((self.words(input_ids) * mask).sum(1) / mask.sum(1))
+        )
 
 
 def tokens(rows=80, seed=0):
     from datasets import Dataset
+
     g = torch.Generator().manual_seed(seed)
     lengths = torch.randint(1, 12, (rows,), generator=g).tolist()
     ids = [torch.randint(1, 50, (n,), generator=g).tolist() for n in lengths]
-    return Dataset.from_dict(dict(idx=list(range(rows)), input_ids=ids, label=[i % 3 for i in range(rows)]))
+    return Dataset.from_dict(
+        dict(idx=list(range(rows)), input_ids=ids, label=[i % 3 for i in range(rows)])
+    )
 
 
 @torch.no_grad()
 def bare_loop(model, data):
     "One row at a time, so nothing is padded."
     model.eval()
-    return torch.cat([forward(model, {"input_ids": torch.tensor([ids]), "attention_mask": torch.ones(1, len(ids), dtype=torch.long)})
-                      for ids in data["input_ids"]])
+    return torch.cat(
+        [
+            forward(
+                model,
+                {
+                    "input_ids": torch.tensor([ids]),
+                    "attention_mask": torch.ones(1, len(ids), dtype=torch.long),
+                },
+            )
+            for ids in data["input_ids"]
+        ]
+    )
 
 
 @pytest.fixture
@@ -166,6 +270,7 @@ def sentences():
     "A hundred movie sentences and a small BERT, dropout and all."
     from kdbook.data import load_task
     from kdbook.models import student
+
     model = student(layers=1, width=32)
     return encode(load_task("movies")["train"].select(range(100)), model), model
 
@@ -173,7 +278,12 @@ def sentences():
 def test_padding_changes_nothing(sentences):
     data, model = sentences
     alone = predict_logits(model, data, batch_size=1, progress=False)
-    torch.testing.assert_close(predict_logits(model, data, batch_size=64, progress=False), alone, atol=2e-6, rtol=1e-5)
+    torch.testing.assert_close(
+        predict_logits(model, data, batch_size=64, progress=False),
+        alone,
+        atol=2e-6,
+        rtol=1e-5,
+    )
     torch.testing.assert_close(bare_loop(model, data), alone, atol=2e-6, rtol=1e-5)
     assert alone.std() > 1e-4, "or this test could not fail"
 
@@ -184,16 +294,27 @@ def test_rows_that_come_padded_lose_their_padding(sentences):
     wide = max(map(len, data["input_ids"])) + 3
     padded = [ids + [0] * (wide - len(ids)) for ids in data["input_ids"]]
     masks = [[1] * len(ids) + [0] * (wide - len(ids)) for ids in data["input_ids"]]
-    other = data.remove_columns("input_ids").add_column("input_ids", padded).add_column("attention_mask", masks)
+    other = (
+        data.remove_columns("input_ids")
+        .add_column("input_ids", padded)
+        .add_column("attention_mask", masks)
+    )
     expected = predict_logits(model, data, progress=False)
-    torch.testing.assert_close(predict_logits(model, other, progress=False), expected, atol=2e-6, rtol=1e-5)
+    torch.testing.assert_close(
+        predict_logits(model, other, progress=False), expected, atol=2e-6, rtol=1e-5
+    )
 
 
 def test_predict_logits_leaves_the_model_as_it_was():
     model, data = Counting(), tokens()
     model.train()
-    first, second = predict_logits(model, data, 7, progress=False), predict_logits(model, data, 7, progress=False)
-    assert model.training and torch.equal(first, second), "evaluation mode inside, training mode after"
+    first, second = (
+        predict_logits(model, data, 7, progress=False),
+        predict_logits(model, data, 7, progress=False),
+    )
+    assert model.training and torch.equal(first, second), (
+        "evaluation mode inside, training mode after"
+    )
     torch.testing.assert_close(first, bare_loop(model, data))
     model.train()
     model.calls, model.stop = 0, 2
@@ -207,7 +328,9 @@ def test_predict_logits_leaves_the_model_as_it_was():
 def test_length_sorted_batches(lengths, batch_size):
     batches = length_sorted(lengths, batch_size)
     order = sum(batches, [])
-    assert sorted(order) == list(range(len(lengths))) and all(len(b) == batch_size for b in batches[:-1])
+    assert sorted(order) == list(range(len(lengths))) and all(
+        len(b) == batch_size for b in batches[:-1]
+    )
     assert [lengths[i] for i in order] == sorted(lengths, reverse=True)
 
 
@@ -216,13 +339,18 @@ def test_rows_are_padded_to_the_longest_of_the_batch():
     batch = Rows(data, ("label",), pad_id=9).batch([4, 1, 3])
     wanted = [data["input_ids"][i] for i in (4, 1, 3)]
     wide = max(map(len, wanted))
-    assert batch["input_ids"].tolist() == [ids + [9] * (wide - len(ids)) for ids in wanted]
-    assert batch["attention_mask"].tolist() == [[1] * len(ids) + [0] * (wide - len(ids)) for ids in wanted]
+    assert batch["input_ids"].tolist() == [
+        ids + [9] * (wide - len(ids)) for ids in wanted
+    ]
+    assert batch["attention_mask"].tolist() == [
+        [1] * len(ids) + [0] * (wide - len(ids)) for ids in wanted
+    ]
     assert batch["labels"].tolist() == [1, 1, 0]
 
 
 def test_no_input_and_no_tokenizer_are_named():
     from datasets import Dataset
+
     with pytest.raises(ValueError, match="tokenizer"):
         encode(Dataset.from_dict({"text": ["a"]}), Counting())
     with pytest.raises(ValueError, match="no rows"):
@@ -235,14 +363,20 @@ def test_no_input_and_no_tokenizer_are_named():
 
 # annotate
 
+
 def test_annotate_writes_what_a_bare_loop_finds(cache):
     model, data = Counting(), tokens()
     for keep in (True, False):
         found = annotate(data, model, batch_size=4, cache=keep, progress=False)
-        torch.testing.assert_close(torch.tensor(found["teacher_logits"]), bare_loop(model, data))
+        torch.testing.assert_close(
+            torch.tensor(found["teacher_logits"]), bare_loop(model, data)
+        )
         assert found["idx"] == data["idx"] and found["label"] == data["label"]
     again = annotate(found, model, batch_size=4, progress=False)
-    assert again.column_names == found.column_names and again["teacher_logits"] == found["teacher_logits"]
+    assert (
+        again.column_names == found.column_names
+        and again["teacher_logits"] == found["teacher_logits"]
+    )
 
 
 def test_a_second_call_does_not_run_the_teacher(cache):
@@ -250,8 +384,15 @@ def test_a_second_call_does_not_run_the_teacher(cache):
     first = annotate(data, model, batch_size=2, progress=False)
     assert model.calls == 40 and len(list(cache.iterdir())) == 1
     second = annotate(data, model, batch_size=2, progress=False)
-    same_inputs = annotate(data.remove_columns("label"), Counting(), batch_size=2, progress=False)
-    assert model.calls == 40 and second["teacher_logits"] == first["teacher_logits"] == same_inputs["teacher_logits"]
+    same_inputs = annotate(
+        data.remove_columns("label"), Counting(), batch_size=2, progress=False
+    )
+    assert (
+        model.calls == 40
+        and second["teacher_logits"]
+        == first["teacher_logits"]
+        == same_inputs["teacher_logits"]
+    )
     annotate(data, model, batch_size=2, cache=False, progress=False)
     assert model.calls == 80
 
@@ -260,12 +401,19 @@ def test_other_weights_rows_or_batches_are_another_entry(cache):
     data = tokens()
     nudged = Counting()
     nudged.head.bias.data[0] += 1e-6
-    calls = [(data, Counting(), 4), (data, nudged, 4), (data.select(range(79)), Counting(), 4), (data, Counting(), 5),
-             (data.select([1, 0, *range(2, 80)]), Counting(), 4)]
+    calls = [
+        (data, Counting(), 4),
+        (data, nudged, 4),
+        (data.select(range(79)), Counting(), 4),
+        (data, Counting(), 5),
+        (data.select([1, 0, *range(2, 80)]), Counting(), 4),
+    ]
     for n, (rows, model, size) in enumerate(calls, 1):
         found = annotate(rows, model, batch_size=size, progress=False)
         assert model.calls > 0 and len(list(cache.iterdir())) == n
-        torch.testing.assert_close(torch.tensor(found["teacher_logits"]), bare_loop(model, rows))
+        torch.testing.assert_close(
+            torch.tensor(found["teacher_logits"]), bare_loop(model, rows)
+        )
 
 
 def test_interrupted_annotate_goes_on_from_its_shards(cache):
@@ -276,24 +424,35 @@ def test_interrupted_annotate_goes_on_from_its_shards(cache):
     model.calls, model.stop = 0, None
     found = annotate(data, model, batch_size=2, progress=False)
     assert model.calls == 8
-    assert found["teacher_logits"] == annotate(data, Counting(), batch_size=2, cache=False, progress=False)["teacher_logits"]
+    assert (
+        found["teacher_logits"]
+        == annotate(data, Counting(), batch_size=2, cache=False, progress=False)[
+            "teacher_logits"
+        ]
+    )
 
 
 def test_killed_before_the_rename_leaves_no_shard(cache, monkeypatch):
     model, data = Counting(), tokens()
-    def killed(*_): raise KeyboardInterrupt
+
+    def killed(*_):
+        raise KeyboardInterrupt
+
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(distillation.os, "replace", killed)
         annotate(data, model, batch_size=2, progress=False)
     assert model.calls == 16 and not list(cache.rglob("[0-9]*.safetensors"))
     found = annotate(data, model, batch_size=2, progress=False)
     assert model.calls == 56
-    torch.testing.assert_close(torch.tensor(found["teacher_logits"]), bare_loop(model, data))
+    torch.testing.assert_close(
+        torch.tensor(found["teacher_logits"]), bare_loop(model, data)
+    )
 
 
 @pytest.mark.parametrize("damage", ["empty", "cut", "garbage", "other rows"])
 def test_a_damaged_shard_is_computed_again(cache, damage):
     from safetensors.torch import save_file
+
     model, data = Counting(), tokens()
     first = annotate(data, model, batch_size=2, progress=False)
     shard = sorted(cache.rglob("*.safetensors"))[1]
@@ -301,9 +460,14 @@ def test_a_damaged_shard_is_computed_again(cache, damage):
     if damage == "other rows":
         save_file({"logits": torch.zeros(3, 3)}, shard)
     else:
-        shard.write_bytes({"empty": b"", "cut": whole[:-5], "garbage": b"\xff" * len(whole)}[damage])
+        shard.write_bytes(
+            {"empty": b"", "cut": whole[:-5], "garbage": b"\xff" * len(whole)}[damage]
+        )
     model.calls = 0
-    assert annotate(data, model, batch_size=2, progress=False)["teacher_logits"] == first["teacher_logits"]
+    assert (
+        annotate(data, model, batch_size=2, progress=False)["teacher_logits"]
+        == first["teacher_logits"]
+    )
     assert model.calls == 16 and shard.read_bytes() == whole
 
 
@@ -313,31 +477,49 @@ def test_a_cache_that_cannot_be_written_costs_only_the_cache(tmp_path, monkeypat
     model, data = Counting(), tokens()
     with pytest.warns(UserWarning, match="cannot be written"):
         found = annotate(data, model, batch_size=2, progress=False)
-    torch.testing.assert_close(torch.tensor(found["teacher_logits"]), bare_loop(model, data))
+    torch.testing.assert_close(
+        torch.tensor(found["teacher_logits"]), bare_loop(model, data)
+    )
 
 
 def test_a_full_cache_is_read_without_writing(cache, monkeypatch):
     model, data = Counting(), tokens()
     first = annotate(data, model, batch_size=2, progress=False)
-    def refuse(*_): raise PermissionError("read-only")
+
+    def refuse(*_):
+        raise PermissionError("read-only")
+
     monkeypatch.setattr(distillation.os, "replace", refuse)
-    assert annotate(data, model, batch_size=2, progress=False)["teacher_logits"] == first["teacher_logits"]
+    assert (
+        annotate(data, model, batch_size=2, progress=False)["teacher_logits"]
+        == first["teacher_logits"]
+    )
 
 
 # records
 
+
 @pytest.fixture
 def record(tmp_path, monkeypatch):
     from safetensors.torch import save_file
+
     (tmp_path / "teacher").mkdir()
     trail = torch.arange(2 * 4 * 3).reshape(2, 4, 3).half()
-    save_file(dict(idx=torch.tensor([7, 3, 9, 1]), trail=trail, trail_steps=torch.tensor([5, 10])), tmp_path / "teacher" / "old.safetensors")
+    save_file(
+        dict(
+            idx=torch.tensor([7, 3, 9, 1]),
+            trail=trail,
+            trail_steps=torch.tensor([5, 10]),
+        ),
+        tmp_path / "teacher" / "old.safetensors",
+    )
     monkeypatch.setenv("KDBOOK_RESULTS", str(tmp_path))
     return trail.float()
 
 
 def test_a_record_is_read_by_row_number(record):
     from datasets import Dataset
+
     found = annotate(Dataset.from_dict(dict(idx=[1, 7, 3])), "old")
     assert found["teacher_trail"] == record[:, [3, 0, 1]].transpose(0, 1).tolist()
     assert found["teacher_logits"] == record[-1, [3, 0, 1]].tolist()
@@ -345,6 +527,7 @@ def test_a_record_is_read_by_row_number(record):
 
 def test_unknown_records_and_rows_are_named(record):
     from datasets import Dataset
+
     with pytest.raises(FileNotFoundError, match="new.*'old'"):
         annotate(Dataset.from_dict(dict(idx=[1])), "new")
     with pytest.raises(KeyError, match="1 of 2 rows, first idx 4"):
@@ -352,6 +535,7 @@ def test_unknown_records_and_rows_are_named(record):
 
 
 # what it costs
+
 
 def cpu_seconds(f):
     "CPU time of one call: other programs on the machine do not count, as they do in wall time."
@@ -369,36 +553,54 @@ def one_thread():
 
 
 @pytest.mark.slow
-def test_annotate_keeps_nine_tenths_of_the_bare_speed(tmp_path, monkeypatch, one_thread):
+def test_annotate_keeps_nine_tenths_of_the_bare_speed(
+    tmp_path, monkeypatch, one_thread
+):
     "The whole call, fingerprint and cache files too, against the forward passes alone on the same batches."
     from kdbook.data import load_task
     from kdbook.models import student
+
     model = student(layers=4, width=256)
     data = encode(load_task("movies")["train"].select(range(512)), model)
     rows = Rows(data)
     batches = [rows.batch(index) for index in length_sorted(rows.lengths, 64)]
+
     @torch.no_grad()
     def bare():
         for batch in batches:
             forward(model, batch)
+
     ratios = []
     for n in range(8):
         monkeypatch.setenv("KDBOOK_CACHE", str(tmp_path / str(n)))
-        b, a = cpu_seconds(bare), cpu_seconds(lambda: annotate(data, model, progress=False))
-        if n: ratios.append(b / a)  # the first round warms up
-        if n >= 4 and statistics.median(ratios) >= 0.9: break
+        b, a = (
+            cpu_seconds(bare),
+            cpu_seconds(lambda: annotate(data, model, progress=False)),
+        )
+        if n:
+            ratios.append(b / a)  # the first round warms up
+        if n >= 4 and statistics.median(ratios) >= 0.9:
+            break
     print(f"annotate runs at {statistics.median(ratios):.3f} of the bare speed")
     assert statistics.median(ratios) >= 0.9, ratios
 
 
 class StepTimes:
     "A callback that notes the CPU time between updates."
+
     def __new__(cls):
         from kdbook.training import Callback
+
         class Times(Callback):
-            def __init__(self): self._at = []
-            def after_step(self, run, progress): self._at.append(time.process_time())
-            def steps(self): return [b - a for a, b in zip(self._at, self._at[1:])]
+            def __init__(self):
+                self._at = []
+
+            def after_step(self, run, progress):
+                self._at.append(time.process_time())
+
+            def steps(self):
+                return [b - a for a, b in zip(self._at, self._at[1:])]
+
         return Times()
 
 
@@ -409,21 +611,31 @@ def test_a_step_on_cached_logits_costs_what_fine_tuning_costs(one_thread):
     from kdbook.data import load_task
     from kdbook.models import student
     from kdbook.training import CrossEntropy, Hinton, LogitMSE, Recipe, Stage, fit
-    model, objectives = student(layers=2, width=128), [CrossEntropy(), Hinton(), LogitMSE(), AnnealingKD(1)]
+
+    model, objectives = (
+        student(layers=2, width=128),
+        [CrossEntropy(), Hinton(), LogitMSE(), AnnealingKD(1)],
+    )
     data = load_task("movies")["train"].select(range(480))
     data = encode(data.add_column("teacher_logits", logits(480, 2).tolist()), model)
+
     def steps(objective):  # one seed: the same batches in the same order
         times = StepTimes()
         fit(model, Recipe((Stage(objective, 1),), (times,)), data, progress=False)
         return times.steps()
+
     ratios = {type(o).__name__: [] for o in objectives[1:]}
     for n in range(8):
-        order = objectives[n % 4:] + objectives[:n % 4]
+        order = objectives[n % 4 :] + objectives[: n % 4]
         found = {type(o).__name__: steps(o) for o in order}
         plain = found.pop("CrossEntropy")
         if n:  # the first round warms up
-            for name, times in found.items(): ratios[name] += [b / a for a, b in zip(plain, times)]
-        medians = {name: round(statistics.median(r), 3) for name, r in ratios.items() if r}
-        if n >= 4 and max(medians.values()) <= 1.05: break
+            for name, times in found.items():
+                ratios[name] += [b / a for a, b in zip(plain, times)]
+        medians = {
+            name: round(statistics.median(r), 3) for name, r in ratios.items() if r
+        }
+        if n >= 4 and max(medians.values()) <= 1.05:
+            break
     print(f"a step costs, in fine-tuning steps: {medians}")
     assert max(medians.values()) <= 1.15, medians

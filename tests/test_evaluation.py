@@ -1,19 +1,32 @@
 "Scores and intervals: properties, naive references, and whether a 95 % interval covers 95 %."
+
 import math
 
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings, strategies as st
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from scipy.stats import t
 
-from kdbook.evaluation import Difference, accuracy, agreement, ece, evaluate, mcnemar, nll, paired_difference, reliability, wilson_interval
+from kdbook.evaluation import (
+    Difference,
+    accuracy,
+    agreement,
+    ece,
+    evaluate,
+    mcnemar,
+    nll,
+    paired_difference,
+    reliability,
+    wilson_interval,
+)
 
 quick = settings(max_examples=60, deadline=None)
 shapes = st.tuples(st.integers(0, 10**6), st.integers(2, 6), st.integers(2, 30))
 
 
-def answers(seed, seeds, rows, p=(.7, .75)):
+def answers(seed, seeds, rows, p=(0.7, 0.75)):
     "Two random (seeds, rows) arrays of right and wrong answers."
     rng = np.random.default_rng(seed)
     return (rng.random((seeds, rows)) < p[1]), (rng.random((seeds, rows)) < p[0])
@@ -23,25 +36,28 @@ def ends(d):
     return np.array([d.mean, d.low, d.high])
 
 
-def naive_difference(ours, theirs, level=.95):
+def naive_difference(ours, theirs, level=0.95):
     "The same interval, by plain loops over seeds and rows."
     seeds, rows = len(ours), len(ours[0])
-    d = [[float(ours[s][r]) - float(theirs[s][r]) for r in range(rows)] for s in range(seeds)]
+    d = [
+        [float(ours[s][r]) - float(theirs[s][r]) for r in range(rows)]
+        for s in range(seeds)
+    ]
     mean = sum(map(sum, d)) / (seeds * rows)
     by_seed = [sum(d[s]) / rows for s in range(seeds)]
     by_row = [sum(d[s][r] for s in range(seeds)) / seeds for r in range(rows)]
-    v_seed = sum((m - mean)**2 for m in by_seed) / (seeds - 1) / seeds
-    v_row = sum((m - mean)**2 for m in by_row) / (rows - 1) / rows
-    rest = 0.
+    v_seed = sum((m - mean) ** 2 for m in by_seed) / (seeds - 1) / seeds
+    v_row = sum((m - mean) ** 2 for m in by_row) / (rows - 1) / rows
+    rest = 0.0
     for s in range(seeds):
         for r in range(rows):
-            rest += (d[s][r] - by_seed[s] - by_row[r] + mean)**2
+            rest += (d[s][r] - by_seed[s] - by_row[r] + mean) ** 2
     rest /= (seeds - 1) * (rows - 1) * seeds * rows
     variance = max(v_seed + v_row - rest, v_seed, v_row)
     if variance == 0:
         return mean, mean, mean
     freedom = max(1, variance**2 / (v_seed**2 / (seeds - 1) + v_row**2 / (rows - 1)))
-    half = t.ppf(.5 + level / 2, freedom) * math.sqrt(variance)
+    half = t.ppf(0.5 + level / 2, freedom) * math.sqrt(variance)
     return mean, mean - half, mean + half
 
 
@@ -50,7 +66,11 @@ def naive_difference(ours, theirs, level=.95):
 def test_swapping_the_two_turns_the_interval_around(case):
     ours, theirs = answers(*case)
     there, back = paired_difference(ours, theirs), paired_difference(theirs, ours)
-    np.testing.assert_allclose([there.mean, there.low, there.high], [-back.mean, -back.high, -back.low], atol=1e-12)
+    np.testing.assert_allclose(
+        [there.mean, there.low, there.high],
+        [-back.mean, -back.high, -back.low],
+        atol=1e-12,
+    )
     assert there.clear == back.clear
 
 
@@ -60,21 +80,32 @@ def test_order_of_rows_and_seeds_does_not_matter(case):
     ours, theirs = answers(*case)
     rng = np.random.default_rng(case[0] + 1)
     seeds, rows = rng.permutation(case[1]), rng.permutation(case[2])
-    np.testing.assert_allclose(ends(paired_difference(ours[seeds][:, rows], theirs[seeds][:, rows])), ends(paired_difference(ours, theirs)), atol=1e-10)
+    np.testing.assert_allclose(
+        ends(paired_difference(ours[seeds][:, rows], theirs[seeds][:, rows])),
+        ends(paired_difference(ours, theirs)),
+        atol=1e-10,
+    )
 
 
 @quick
-@given(shapes, st.sampled_from([.5, .9, .95, .99]))
+@given(shapes, st.sampled_from([0.5, 0.9, 0.95, 0.99]))
 def test_agrees_with_plain_loops(case, level):
     ours, theirs = answers(*case)
-    np.testing.assert_allclose(ends(paired_difference(ours, theirs, level)), naive_difference(ours, theirs, level), atol=1e-9)
+    np.testing.assert_allclose(
+        ends(paired_difference(ours, theirs, level)),
+        naive_difference(ours, theirs, level),
+        atol=1e-9,
+    )
 
 
 @quick
 @given(shapes)
 def test_a_higher_level_is_wider_and_the_middle_is_the_plain_gain(case):
     ours, theirs = answers(*case)
-    narrow, wide = paired_difference(ours, theirs, .8), paired_difference(ours, theirs, .99)
+    narrow, wide = (
+        paired_difference(ours, theirs, 0.8),
+        paired_difference(ours, theirs, 0.99),
+    )
     assert wide.low <= narrow.low <= narrow.mean <= narrow.high <= wide.high
     assert narrow.mean == pytest.approx(ours.mean() - theirs.mean())
     assert type(narrow.mean) is type(narrow.low) is type(narrow.high) is float
@@ -87,7 +118,16 @@ def test_the_same_answers_are_no_difference():
     assert not Difference(0.01, 0.0, 0.02).clear
 
 
-@pytest.mark.parametrize("shape, other", [((5, 9), (4, 9)), ((1, 9), (1, 9)), ((5, 1), (5, 1)), ((9,), (9,)), ((2, 2, 2), (2, 2, 2))])
+@pytest.mark.parametrize(
+    "shape, other",
+    [
+        ((5, 9), (4, 9)),
+        ((1, 9), (1, 9)),
+        ((5, 1), (5, 1)),
+        ((9,), (9,)),
+        ((2, 2, 2), (2, 2, 2)),
+    ],
+)
 def test_wrong_shapes_are_named(shape, other):
     with pytest.raises(ValueError, match="at least 2 x 2"):
         paired_difference(np.zeros(shape), np.zeros(other))
@@ -97,39 +137,56 @@ def simulate(seeds, rows, parts, times, rng):
     "Shares of experiments in which (our interval, seeds only, rows only) hold the true mean, 0.01; `parts` as in a variance-components model."
     hits, (sa, sb, se) = np.zeros(3), parts
     for _ in range(times):
-        d = .01 + sa * rng.standard_normal((seeds, 1)) + sb * rng.standard_normal((1, rows)) + se * rng.standard_normal((seeds, rows))
-        found, off = paired_difference(d, np.zeros_like(d)), abs(d.mean() - .01)
-        hits += [found.low <= .01 <= found.high,
-                 off <= t.ppf(.975, seeds - 1) * d.mean(1).std(ddof=1) / seeds**.5,
-                 off <= t.ppf(.975, rows - 1) * d.mean(0).std(ddof=1) / rows**.5]
+        d = (
+            0.01
+            + sa * rng.standard_normal((seeds, 1))
+            + sb * rng.standard_normal((1, rows))
+            + se * rng.standard_normal((seeds, rows))
+        )
+        found, off = paired_difference(d, np.zeros_like(d)), abs(d.mean() - 0.01)
+        hits += [
+            found.low <= 0.01 <= found.high,
+            off <= t.ppf(0.975, seeds - 1) * d.mean(1).std(ddof=1) / seeds**0.5,
+            off <= t.ppf(0.975, rows - 1) * d.mean(0).std(ddof=1) / rows**0.5,
+        ]
     return hits / times
 
 
 # standard deviations of seeds, rows and the rest, and which one-sided intervals must then be too narrow
-@pytest.mark.parametrize("parts, narrow", [
-    ((0., 0., .5), ()),  # only noise
-    ((.002, .4, .2), ("seeds",)),  # rows dominate
-    ((.05, .1, .2), ("rows",)),  # seeds dominate
-    ((.04, .25, .3), ("seeds", "rows")),  # of one size
-], ids=["noise", "rows", "seeds", "mixed"])
+@pytest.mark.parametrize(
+    "parts, narrow",
+    [
+        ((0.0, 0.0, 0.5), ()),  # only noise
+        ((0.002, 0.4, 0.2), ("seeds",)),  # rows dominate
+        ((0.05, 0.1, 0.2), ("rows",)),  # seeds dominate
+        ((0.04, 0.25, 0.3), ("seeds", "rows")),  # of one size
+    ],
+    ids=["noise", "rows", "seeds", "mixed"],
+)
 def test_covers_what_it_promises(parts, narrow):
     "Bounds are wide: 500 experiments have a standard error of one point, and Satterthwaite's rule is an approximation."
     both, seeds, rows = simulate(5, 200, parts, 500, np.random.default_rng(0))
-    assert both >= .915
+    assert both >= 0.915
     if "seeds" in narrow:
-        assert seeds < .93 and seeds < both
+        assert seeds < 0.93 and seeds < both
     if "rows" in narrow:
-        assert rows < .93 and rows < both
+        assert rows < 0.93 and rows < both
 
 
 def test_covers_with_real_answers_of_zero_and_one():
     "Margins above zero, as in the chapter; equal methods, so the truth is 0."
     rng, hits, times = np.random.default_rng(1), 0, 300
     for _ in range(times):
-        row = rng.standard_normal((1, 300)) + .8
-        side = lambda: row + .4 * rng.standard_normal((1, 300)) + .06 * rng.standard_normal((5, 1)) + .5 * rng.standard_normal((5, 300)) > 0
+        row = rng.standard_normal((1, 300)) + 0.8
+        side = lambda: (
+            row
+            + 0.4 * rng.standard_normal((1, 300))
+            + 0.06 * rng.standard_normal((5, 1))
+            + 0.5 * rng.standard_normal((5, 300))
+            > 0
+        )
         hits += not paired_difference(side(), side()).clear
-    assert .91 <= hits / times <= 1
+    assert 0.91 <= hits / times <= 1
 
 
 @quick
@@ -138,29 +195,50 @@ def test_wilson(right, rows):
     right = min(right, rows)
     low, high = wilson_interval(right, rows)
     assert 0 <= low <= right / rows + 1e-12 and right / rows - 1e-12 <= high <= 1
-    np.testing.assert_allclose(wilson_interval(rows - right, rows), (1 - high, 1 - low), atol=1e-9)
+    np.testing.assert_allclose(
+        wilson_interval(rows - right, rows), (1 - high, 1 - low), atol=1e-9
+    )
     for p in (low, high):
-        assert (right / rows - p)**2 == pytest.approx(1.959963985**2 * p * (1 - p) / rows, abs=1e-8)
+        assert (right / rows - p) ** 2 == pytest.approx(
+            1.959963985**2 * p * (1 - p) / rows, abs=1e-8
+        )
 
 
 @quick
 @given(st.integers(0, 10**6), st.integers(1, 60), st.integers(2, 5), st.integers(1, 15))
 def test_ece_against_a_loop(seed, rows, classes, bins):
     g = torch.Generator().manual_seed(seed)
-    logits, labels = 2 * torch.randn(rows, classes, generator=g), torch.randint(classes, (rows,), generator=g)
-    probs, total = logits.softmax(-1), 0.
+    logits, labels = (
+        2 * torch.randn(rows, classes, generator=g),
+        torch.randint(classes, (rows,), generator=g),
+    )
+    probs, total = logits.softmax(-1), 0.0
     for b in range(bins):
-        inside = [i for i in range(rows) if min(int(probs[i].max() * bins), bins - 1) == b]
-        total += abs(sum(float(probs[i].argmax() == labels[i]) - float(probs[i].max()) for i in inside))
+        inside = [
+            i for i in range(rows) if min(int(probs[i].max() * bins), bins - 1) == b
+        ]
+        total += abs(
+            sum(
+                float(probs[i].argmax() == labels[i]) - float(probs[i].max())
+                for i in inside
+            )
+        )
     assert ece(logits, labels, bins) == pytest.approx(total / rows, abs=1e-5)
     order = torch.randperm(rows, generator=g)
-    assert ece(logits[order], labels[order], bins) == pytest.approx(ece(logits, labels, bins), abs=1e-5)
+    assert ece(logits[order], labels[order], bins) == pytest.approx(
+        ece(logits, labels, bins), abs=1e-5
+    )
 
 
 def test_scores_by_hand():
-    logits, labels = torch.tensor([[2., 0.], [0., 1.], [3., 0.]]), torch.tensor([0, 0, 0])
+    logits, labels = (
+        torch.tensor([[2.0, 0.0], [0.0, 1.0], [3.0, 0.0]]),
+        torch.tensor([0, 0, 0]),
+    )
     assert accuracy(logits, labels) == pytest.approx(2 / 3)
-    assert nll(torch.zeros(4, 8), torch.arange(4)) == pytest.approx(math.log(8), abs=1e-6)
+    assert nll(torch.zeros(4, 8), torch.arange(4)) == pytest.approx(
+        math.log(8), abs=1e-6
+    )
     assert agreement(logits, -logits) == 0
     with pytest.raises(ValueError, match="2 labels"):
         accuracy(logits, labels[:2])
@@ -172,18 +250,32 @@ def test_evaluate_scores_every_split_but_train():
     datasets = pytest.importorskip("datasets")
     from kdbook.distillation import predict_logits
     from kdbook.models import image_net
+
     rng = np.random.default_rng(0)
-    split = lambda n: datasets.Dataset.from_dict(dict(pixel_values=rng.random((n, 64)).tolist(), label=rng.integers(0, 10, n).tolist()))
-    task, net = datasets.DatasetDict(train=split(4), validation=split(30), test=split(50)), image_net(hidden=4, seed=0)
+    split = lambda n: datasets.Dataset.from_dict(
+        dict(
+            pixel_values=rng.random((n, 64)).tolist(),
+            label=rng.integers(0, 10, n).tolist(),
+        )
+    )
+    task, net = (
+        datasets.DatasetDict(train=split(4), validation=split(30), test=split(50)),
+        image_net(hidden=4, seed=0),
+    )
     table = evaluate(net, task)
     assert list(table.index) == ["validation", "test"] and list(table.rows) == [30, 50]
     labels = torch.tensor(task["test"]["label"])
-    right = int((predict_logits(net, task["test"], progress=False).argmax(-1) == labels).sum())
+    right = int(
+        (predict_logits(net, task["test"], progress=False).argmax(-1) == labels).sum()
+    )
     assert table.loc["test", "accuracy"] == pytest.approx(right / 50)
-    assert (table.loc["test", "low"], table.loc["test", "high"]) == pytest.approx(wilson_interval(right, 50))
+    assert (table.loc["test", "low"], table.loc["test", "high"]) == pytest.approx(
+        wilson_interval(right, 50)
+    )
 
 
 # -- two students that are there -----------------------------------------------------------------------------------
+
 
 @quick
 @given(st.integers(0, 10**6), st.integers(1, 200))
@@ -192,7 +284,10 @@ def test_mcnemar_against_coins_counted(seed, rows):
     (ours,), (theirs,) = (a[:1] for a in answers(seed, 2, rows))
     won, lost = int((ours & ~theirs).sum()), int((theirs & ~ours).sum())
     n = won + lost
-    naive = sum(math.comb(n, k) for k in range(n + 1) if abs(k - n / 2) >= abs(won - n / 2)) / 2**n
+    naive = (
+        sum(math.comb(n, k) for k in range(n + 1) if abs(k - n / 2) >= abs(won - n / 2))
+        / 2**n
+    )
     assert mcnemar(ours, theirs) == pytest.approx(naive) == mcnemar(theirs, ours)
 
 
@@ -200,13 +295,21 @@ def test_mcnemar_against_coins_counted(seed, rows):
 @given(st.integers(0, 10**6), st.integers(1, 60), st.integers(1, 12))
 def test_reliability_against_a_loop(seed, rows, bins):
     g = torch.Generator().manual_seed(seed)
-    logits, labels = torch.randn(rows, 3, generator=g) * 3, torch.randint(0, 3, (rows,), generator=g)
+    logits, labels = (
+        torch.randn(rows, 3, generator=g) * 3,
+        torch.randint(0, 3, (rows,), generator=g),
+    )
     found, naive = reliability(logits, labels, bins), [[] for _ in range(bins)]
     for z, y in zip(logits, labels):
         p = z.softmax(-1)
-        naive[min(bins - 1, int(p.max() * bins))].append((p.max().item(), float(p.argmax() == y)))
+        naive[min(bins - 1, int(p.max() * bins))].append(
+            (p.max().item(), float(p.argmax() == y))
+        )
     for (n, confidence, right), members in zip(found.tolist(), naive):
         assert n == len(members)
-        if members: assert confidence == pytest.approx(sum(c for c, _ in members) / n, abs=1e-5) and right == pytest.approx(sum(r for _, r in members) / n)
+        if members:
+            assert confidence == pytest.approx(
+                sum(c for c, _ in members) / n, abs=1e-5
+            ) and right == pytest.approx(sum(r for _, r in members) / n)
     gaps = sum(abs(sum(c - r for c, r in members)) for members in naive) / rows
     assert ece(logits, labels, bins) == pytest.approx(gaps, abs=1e-5)

@@ -1,4 +1,5 @@
 """Kronecker products against dense ones, KroneckerBERT through Hugging Face's own doors, and the two stages."""
+
 import subprocess
 import sys
 
@@ -6,18 +7,39 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from hypothesis import given, settings, strategies as st
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tiny_text import bert, rows
 from torch import nn
 
-from kdbook import kronecker as kr, kronecker_bert as kb
+from kdbook import kronecker as kr
+from kdbook import kronecker_bert as kb
 from kdbook.distillation import Rows
 from kdbook.training import Progress
-from tiny_text import bert, rows
 
 DIVISORS = st.sampled_from([1, 2, 3, 4, 5, 6])
-SMALL = {"*.attention.self.*": (4, 8), "*.attention.output.dense": (4, 8), "*.intermediate.dense": (8, 2), "*.layer.*.output.dense": (2, 8), "*word_embeddings": (40, 4)}
-HEADS = (transformers.BertModel, transformers.BertForSequenceClassification, transformers.BertForMaskedLM)
-AUTO = dict(zip(HEADS, (transformers.AutoModel, transformers.AutoModelForSequenceClassification, transformers.AutoModelForMaskedLM)))
+SMALL = {
+    "*.attention.self.*": (4, 8),
+    "*.attention.output.dense": (4, 8),
+    "*.intermediate.dense": (8, 2),
+    "*.layer.*.output.dense": (2, 8),
+    "*word_embeddings": (40, 4),
+}
+HEADS = (
+    transformers.BertModel,
+    transformers.BertForSequenceClassification,
+    transformers.BertForMaskedLM,
+)
+AUTO = dict(
+    zip(
+        HEADS,
+        (
+            transformers.AutoModel,
+            transformers.AutoModelForSequenceClassification,
+            transformers.AutoModelForMaskedLM,
+        ),
+    )
+)
 
 
 @st.composite
@@ -26,7 +48,11 @@ def weights(draw):
     m1, n1, m2, n2 = (draw(DIVISORS) for _ in range(4))
     rank = draw(st.integers(1, min(m1 * n1, m2 * n2)))
     g = torch.Generator().manual_seed(draw(st.integers(0, 10_000)))
-    return torch.randn(m1 * m2, n1 * n2, generator=g, dtype=torch.float64), (m1, n1), rank
+    return (
+        torch.randn(m1 * m2, n1 * n2, generator=g, dtype=torch.float64),
+        (m1, n1),
+        rank,
+    )
 
 
 def by_entries(a, b):
@@ -36,7 +62,8 @@ def by_entries(a, b):
     for i in range(m1):
         for j in range(n1):
             for p in range(m2):
-                for q in range(n2): out[i * m2 + p, j * n2 + q] = a[i, j] * b[p, q]
+                for q in range(n2):
+                    out[i * m2 + p, j * n2 + q] = a[i, j] * b[p, q]
     return out
 
 
@@ -48,9 +75,15 @@ def test_nearest_against_a_full_svd(case):
     whole = sum(by_entries(a, b) for a, b in zip(*factors))
     torch.testing.assert_close(factors.product(), whole)
     s = torch.linalg.svdvals(kr.rearranged(w, shape))
-    torch.testing.assert_close((w - whole).norm().square(), s[rank:].square().sum(), atol=1e-9, rtol=1e-7)
-    torch.testing.assert_close(errors[rank] * w.norm(), (w - whole).norm(), atol=1e-6, rtol=1e-6)
-    torch.testing.assert_close(factors.a.flatten(1).norm(dim=1), factors.b.flatten(1).norm(dim=1))  # sqrt(sigma) on both
+    torch.testing.assert_close(
+        (w - whole).norm().square(), s[rank:].square().sum(), atol=1e-9, rtol=1e-7
+    )
+    torch.testing.assert_close(
+        errors[rank] * w.norm(), (w - whole).norm(), atol=1e-6, rtol=1e-6
+    )
+    torch.testing.assert_close(
+        factors.a.flatten(1).norm(dim=1), factors.b.flatten(1).norm(dim=1)
+    )  # sqrt(sigma) on both
 
 
 @settings(max_examples=60, deadline=None)
@@ -59,30 +92,49 @@ def test_every_way_of_multiplying(case, batch, with_bias):
     "Empty batches too; values and all gradients."
     w, shape, rank = case
     g = torch.Generator().manual_seed(1)
-    x, bias = torch.randn(batch, 2, w.shape[1], generator=g, dtype=torch.float64), torch.randn(len(w), generator=g, dtype=torch.float64) if with_bias else None
-    factors = kr.Factors(*(f.requires_grad_() for f in kr.nearest_kronecker(w, shape, rank)))
+    x, bias = (
+        torch.randn(batch, 2, w.shape[1], generator=g, dtype=torch.float64),
+        torch.randn(len(w), generator=g, dtype=torch.float64) if with_bias else None,
+    )
+    factors = kr.Factors(
+        *(f.requires_grad_() for f in kr.nearest_kronecker(w, shape, rank))
+    )
     x.requires_grad_()
     expected = nn.functional.linear(x, factors.product(), bias)
     grads = torch.autograd.grad(expected.square().sum(), (x, *factors))
     for way in kr._WAYS:
         y = kr.kronecker_linear(x, factors, bias, way)
         torch.testing.assert_close(y, expected)
-        for mine, theirs in zip(torch.autograd.grad(y.square().sum(), (x, *factors)), grads): torch.testing.assert_close(mine, theirs)
+        for mine, theirs in zip(
+            torch.autograd.grad(y.square().sum(), (x, *factors)), grads
+        ):
+            torch.testing.assert_close(mine, theirs)
 
 
 @settings(max_examples=50, deadline=None)
 @given(*(DIVISORS for _ in range(4)))
 def test_flops_against_counting(m1, n1, m2, n2):
     product = lambda m, k, n: m * n * (2 * k - 1)  # of m x k with k x n
-    assert kr.flops((m1, n1), (m2, n2)) == dict(b=product(m2, n2, n1) + product(m2, n1, m1), a=product(n2, n1, m1) + product(m2, n2, m1))
+    assert kr.flops((m1, n1), (m2, n2)) == dict(
+        b=product(m2, n2, n1) + product(m2, n1, m1),
+        a=product(n2, n1, m1) + product(m2, n2, m1),
+    )
 
 
 def test_the_paper_stacks_columns_and_nothing_changes():
     w = torch.randn(12, 20, dtype=torch.float64)
-    columns = torch.stack([w[i * 3:i * 3 + 3, j * 4:j * 4 + 4].T.flatten() for j in range(5) for i in range(4)])  # row i + j*m1
+    columns = torch.stack(
+        [
+            w[i * 3 : i * 3 + 3, j * 4 : j * 4 + 4].T.flatten()
+            for j in range(5)
+            for i in range(4)
+        ]
+    )  # row i + j*m1
     u, s, v = torch.linalg.svd(columns, full_matrices=False)
     a, b = s[0].sqrt() * u[:, 0].view(5, 4).T, s[0].sqrt() * v[0].view(4, 3).T
-    torch.testing.assert_close(by_entries(a, b), kr.nearest_kronecker(w, (4, 5)).product())
+    torch.testing.assert_close(
+        by_entries(a, b), kr.nearest_kronecker(w, (4, 5)).product()
+    )
     assert torch.linalg.matrix_rank(kr.rearranged(by_entries(a, b), (4, 5))) == 1
 
 
@@ -95,26 +147,54 @@ def test_half_precision_and_views():
     torch.testing.assert_close(mine(x), mine.to_dense()(x), atol=1e-5, rtol=1e-5)
 
 
-@pytest.mark.parametrize("entry, says", [((5, 2), "m1=5 does not divide 32, a side of the 32x16 weight (outputs by inputs): take one of 1, 2, 4, 8, 16, 32"),
-                                         ((4, 3), "n1=3 does not divide 16"), ((4, 2, 9), "rank must be in 1..8"), ((4, 2, 0), "got 0"), ((0, 2), "m1=0")])
+@pytest.mark.parametrize(
+    "entry, says",
+    [
+        (
+            (5, 2),
+            "m1=5 does not divide 32, a side of the 32x16 weight (outputs by inputs): take one of 1, 2, 4, 8, 16, 32",
+        ),
+        ((4, 3), "n1=3 does not divide 16"),
+        ((4, 2, 9), "rank must be in 1..8"),
+        ((4, 2, 0), "got 0"),
+        ((0, 2), "m1=0"),
+    ],
+)
 def test_wrong_shapes_name_the_layer_and_the_way_out(entry, says):
-    with pytest.raises(ValueError, match="intermediate") as e: kr.kroneckerize(bert(), {"*.intermediate.dense": entry})
+    with pytest.raises(ValueError, match="intermediate") as e:
+        kr.kroneckerize(bert(), {"*.intermediate.dense": entry})
     assert says in str(e.value)
 
 
 def test_wrong_specs():
-    for spec, says in (({}, "empty"), ({"*.nothing": (2, 2)}, "means no"), ({"*LayerNorm": (2, 2)}, "LayerNorm"), ("kronecker-bert-5", "kronecker-bert-8")):
-        with pytest.raises(ValueError, match=says): kr.kroneckerize(bert(), spec)
-    with pytest.raises(ValueError, match="max_norm"): kr.kroneckerize(nn.Sequential(nn.Embedding(8, 4, max_norm=1.)), {"0": (8, 2)})
+    for spec, says in (
+        ({}, "empty"),
+        ({"*.nothing": (2, 2)}, "means no"),
+        ({"*LayerNorm": (2, 2)}, "LayerNorm"),
+        ("kronecker-bert-5", "kronecker-bert-8"),
+    ):
+        with pytest.raises(ValueError, match=says):
+            kr.kroneckerize(bert(), spec)
+    with pytest.raises(ValueError, match="max_norm"):
+        kr.kroneckerize(nn.Sequential(nn.Embedding(8, 4, max_norm=1.0)), {"0": (8, 2)})
 
 
 @pytest.mark.parametrize("kind", HEADS)
 def test_the_exact_model_is_the_model(kind):
     "All products: the same outputs, through saving and the Auto classes."
     dense = bert(kind=kind)
-    exact = {"*.attention.self.*": (4, 4, 16), "*.intermediate.dense": (8, 4, 16), "*word_embeddings": (40, 4, 4)}
-    small, ids = kr.kroneckerize(dense, exact), torch.tensor([[1, 9, 33, 2], [1, 5, 2, 0]])
-    torch.testing.assert_close(small(input_ids=ids)[0], dense(input_ids=ids)[0], atol=1e-4, rtol=1e-3)
+    exact = {
+        "*.attention.self.*": (4, 4, 16),
+        "*.intermediate.dense": (8, 4, 16),
+        "*word_embeddings": (40, 4, 4),
+    }
+    small, ids = (
+        kr.kroneckerize(dense, exact),
+        torch.tensor([[1, 9, 33, 2], [1, 5, 2, 0]]),
+    )
+    torch.testing.assert_close(
+        small(input_ids=ids)[0], dense(input_ids=ids)[0], atol=1e-4, rtol=1e-3
+    )
     assert not small.training and all(p.requires_grad for p in small.parameters())
 
 
@@ -124,108 +204,194 @@ def test_saved_and_loaded(kind, tmp_path):
     small.save_pretrained(tmp_path)
     assert not list(tmp_path.glob("*.bin")) and not list(tmp_path.glob("*.py"))
     loaded, report = AUTO[kind].from_pretrained(tmp_path, output_loading_info=True)
-    assert not report["missing_keys"] and not report["unexpected_keys"] and type(loaded) is type(small)
+    assert (
+        not report["missing_keys"]
+        and not report["unexpected_keys"]
+        and type(loaded) is type(small)
+    )
     ids = torch.tensor([[1, 9, 33, 2]])
-    torch.testing.assert_close(loaded.eval()(input_ids=ids)[0], small(input_ids=ids)[0], atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(
+        loaded.eval()(input_ids=ids)[0], small(input_ids=ids)[0], atol=1e-5, rtol=1e-5
+    )
     if kind is HEADS[2]:
-        for model in (small, loaded): assert model.cls.predictions.decoder.a is model.bert.embeddings.word_embeddings.a
+        for model in (small, loaded):
+            assert (
+                model.cls.predictions.decoder.a
+                is model.bert.embeddings.word_embeddings.a
+            )
 
 
 FIRST = "import kdbook.kronecker"
-ORDERS = (f"{FIRST}; from transformers import AutoModelForSequenceClassification as Auto", f"from transformers import AutoModelForSequenceClassification as Auto; {FIRST}",
-          f"{FIRST}; from transformers import AutoConfig; AutoConfig.from_pretrained(sys.argv[1]); from transformers import AutoModelForSequenceClassification as Auto",
-          f"{FIRST}; from transformers import AutoTokenizer, BertModel, pipeline, AutoModelForSequenceClassification as Auto")
+ORDERS = (
+    f"{FIRST}; from transformers import AutoModelForSequenceClassification as Auto",
+    f"from transformers import AutoModelForSequenceClassification as Auto; {FIRST}",
+    f"{FIRST}; from transformers import AutoConfig; AutoConfig.from_pretrained(sys.argv[1]); from transformers import AutoModelForSequenceClassification as Auto",
+    f"{FIRST}; from transformers import AutoTokenizer, BertModel, pipeline, AutoModelForSequenceClassification as Auto",
+)
 
 
 @pytest.mark.parametrize("line", ORDERS)
 def test_a_reader_needs_one_import(line, tmp_path):
     "Before or after transformers, whatever is imported of it first; nothing is asked about remote code."
     kr.kroneckerize(bert(), SMALL).save_pretrained(tmp_path)
-    code = f"import sys; {line}; print(type(Auto.from_pretrained(sys.argv[1])).__name__)"
-    run = subprocess.run([sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True)
-    assert run.stdout.strip() == "KroneckerBertForSequenceClassification", run.stderr[-2000:]
+    code = (
+        f"import sys; {line}; print(type(Auto.from_pretrained(sys.argv[1])).__name__)"
+    )
+    run = subprocess.run(
+        [sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True
+    )
+    assert run.stdout.strip() == "KroneckerBertForSequenceClassification", run.stderr[
+        -2000:
+    ]
 
 
 def test_it_needs_no_transformers():
     code = "import sys; sys.modules['transformers'] = None\nimport torch\nfrom kdbook import kronecker\nprint(kronecker.KroneckerLinear(8, 8, (2, 2))(torch.ones(1, 8)).shape)"
-    assert "torch.Size([1, 8])" in subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert (
+        "torch.Size([1, 8])"
+        in subprocess.run(
+            [sys.executable, "-c", code], capture_output=True, text=True, check=True
+        ).stdout
+    )
 
 
 def test_fresh_weights_and_frozen_ones():
     torch.manual_seed(0)
-    config = kb.KroneckerBertConfig(kronecker=kb.bert_spec(bert().config, (4, 4), (4, 2), 4), **{k: v for k, v in bert().config.to_dict().items() if k != "model_type"})
+    config = kb.KroneckerBertConfig(
+        kronecker=kb.bert_spec(bert().config, (4, 4), (4, 2), 4),
+        **{k: v for k, v in bert().config.to_dict().items() if k != "model_type"},
+    )
     table = kb.KroneckerBertModel(config).embeddings.word_embeddings
-    assert torch.isfinite(table.a).all() and table.factors.product().std() > .1
-    frozen = bert(); frozen.bert.embeddings.position_embeddings.weight.requires_grad_(False)
-    assert not kr.kroneckerize(frozen, SMALL).bert.embeddings.position_embeddings.weight.requires_grad
+    assert torch.isfinite(table.a).all() and table.factors.product().std() > 0.1
+    frozen = bert()
+    frozen.bert.embeddings.position_embeddings.weight.requires_grad_(False)
+    assert not kr.kroneckerize(
+        frozen, SMALL
+    ).bert.embeddings.position_embeddings.weight.requires_grad
 
 
 @pytest.mark.parametrize("spec", [SMALL, {"*.intermediate.dense": (32, 1, 3)}])
 def test_onnx(spec, tmp_path):
     "Exported and run elsewhere: the same logits, for batches of another size too."
-    runtime = pytest.importorskip("onnxruntime"); pytest.importorskip("onnxscript")
+    runtime = pytest.importorskip("onnxruntime")
+    pytest.importorskip("onnxscript")
     small, path = kr.kroneckerize(bert(), spec), tmp_path / "model.onnx"
+
     def example(n, length):
-        mask = torch.ones(n, length, dtype=torch.long); mask[-1, -1] = 0
+        mask = torch.ones(n, length, dtype=torch.long)
+        mask[-1, -1] = 0
         return {"input_ids": torch.randint(4, 40, (n, length)), "attention_mask": mask}
+
     free = {0: torch.export.Dim.DYNAMIC, 1: torch.export.Dim.DYNAMIC}
-    torch.onnx.export(small, kwargs=example(2, 7), f=path, dynamo=True, input_names=["input_ids", "attention_mask"], output_names=["logits"], dynamic_shapes={"input_ids": free, "attention_mask": free}, verbose=False)
+    torch.onnx.export(
+        small,
+        kwargs=example(2, 7),
+        f=path,
+        dynamo=True,
+        input_names=["input_ids", "attention_mask"],
+        output_names=["logits"],
+        dynamic_shapes={"input_ids": free, "attention_mask": free},
+        verbose=False,
+    )
     session = runtime.InferenceSession(str(path))
     for n, length in ((2, 7), (5, 4)):
         inputs = example(n, length)
-        logits, = session.run(["logits"], {k: v.numpy() for k, v in inputs.items()})
-        np.testing.assert_allclose(logits, small(**inputs).logits.detach().numpy(), atol=1e-4)
+        (logits,) = session.run(["logits"], {k: v.numpy() for k, v in inputs.items()})
+        np.testing.assert_allclose(
+            logits, small(**inputs).logits.detach().numpy(), atol=1e-4
+        )
 
 
-@pytest.mark.parametrize("n, m, shape_a, rank", [(96, 96, (48, 32), 2), (96, 96, (48, 48), 1), (64, 48, (48, 1), 5), (96, 64, (64, 24), 3), (768, 768, (384, 48), 1)])
+@pytest.mark.parametrize(
+    "n, m, shape_a, rank",
+    [
+        (96, 96, (48, 32), 2),
+        (96, 96, (48, 48), 1),
+        (64, 48, (48, 1), 5),
+        (96, 64, (64, 24), 3),
+        (768, 768, (384, 48), 1),
+    ],
+)
 @pytest.mark.parametrize("train", [False, True])
 def test_layers_of_every_kind_of_shape(n, m, shape_a, rank, train):
     "Wide and thin first factors, halves that are dealt out, sums, low rank: values and all gradients of the dense layer."
     torch.manual_seed(0)
     layer = kr.KroneckerLinear(n, m, shape_a, rank).double()
-    x, grad = torch.randn(5, 3, n, dtype=torch.float64, requires_grad=train), torch.randn(5, 3, m, dtype=torch.float64)
+    x, grad = (
+        torch.randn(5, 3, n, dtype=torch.float64, requires_grad=train),
+        torch.randn(5, 3, m, dtype=torch.float64),
+    )
     if not train:
-        with torch.no_grad(): torch.testing.assert_close(layer(x), x @ layer.factors.product().T + layer.bias)
+        with torch.no_grad():
+            torch.testing.assert_close(
+                layer(x), x @ layer.factors.product().T + layer.bias
+            )
         return
     wanted = (x, *layer.parameters())
     ours, dense = layer(x), x @ layer.factors.product().T + layer.bias
-    for got, want in zip(torch.autograd.grad(ours, wanted, grad), torch.autograd.grad(dense, wanted, grad)): torch.testing.assert_close(got, want)
+    for got, want in zip(
+        torch.autograd.grad(ours, wanted, grad),
+        torch.autograd.grad(dense, wanted, grad),
+    ):
+        torch.testing.assert_close(got, want)
 
 
 def test_a_layer_under_autocast_keeps_its_type():
     layer = kr.KroneckerLinear(96, 96, (48, 48))
     with torch.autocast("cpu", torch.bfloat16):
         assert layer(torch.randn(3, 96)).dtype == torch.bfloat16
-        with torch.no_grad(): assert layer(torch.randn(3, 96)).dtype == torch.bfloat16
+        with torch.no_grad():
+            assert layer(torch.randn(3, 96)).dtype == torch.bfloat16
 
 
 def test_shared_and_frozen_biases_stay_so():
     net = nn.ModuleDict(dict(one=nn.Linear(8, 6), two=nn.Linear(8, 6)))
-    net["two"].bias = net["one"].bias; net["one"].bias.requires_grad_(False)
+    net["two"].bias = net["one"].bias
+    net["one"].bias.requires_grad_(False)
     small = kr.kroneckerize(net, {"*": (2, 2)})
-    assert small["one"].bias is small["two"].bias and small["one"].bias is not net["one"].bias and not small["one"].bias.requires_grad
+    assert (
+        small["one"].bias is small["two"].bias
+        and small["one"].bias is not net["one"].bias
+        and not small["one"].bias.requires_grad
+    )
 
 
 def test_products_of_nothing_can_learn():
-    for weight, rank in ((torch.zeros(6, 8), 1), (torch.kron(torch.randn(3, 2), torch.randn(2, 4)), 3)):
-        factors = kr.Factors(*(f.requires_grad_() for f in kr.nearest_kronecker(weight, (3, 2), rank)))
+    for weight, rank in (
+        (torch.zeros(6, 8), 1),
+        (torch.kron(torch.randn(3, 2), torch.randn(2, 4)), 3),
+    ):
+        factors = kr.Factors(
+            *(f.requires_grad_() for f in kr.nearest_kronecker(weight, (3, 2), rank))
+        )
         torch.testing.assert_close(factors.product(), weight, atol=1e-5, rtol=1e-4)
         (factors.product() * torch.randn(6, 8)).sum().backward()
         assert all(grad.abs().max() > 1e-3 for grad in factors.b.grad)
 
 
 def test_what_has_no_kronecker_form_is_refused():
-    with pytest.raises(ValueError, match="MultiheadAttention"): kr.kroneckerize(nn.TransformerEncoderLayer(8, 2), {"*": (2, 2)})
-    with pytest.raises(ValueError, match="scale_grad_by_freq"): kr.kroneckerize(nn.ModuleDict(dict(t=nn.Embedding(6, 8, scale_grad_by_freq=True))), {"t": (6, 2)})
-    tied = nn.ModuleDict(dict(t=nn.Embedding(6, 8), o=nn.Linear(8, 6))); tied["o"].weight = tied["t"].weight
-    with pytest.raises(ValueError, match="share a weight"): kr.kroneckerize(tied, {"t": (6, 2), "o": (6, 4)})
-    with pytest.raises(ValueError, match="meta"): kr.kronecker_error(torch.empty(4, 4, device="meta"), (2, 2))
+    with pytest.raises(ValueError, match="MultiheadAttention"):
+        kr.kroneckerize(nn.TransformerEncoderLayer(8, 2), {"*": (2, 2)})
+    with pytest.raises(ValueError, match="scale_grad_by_freq"):
+        kr.kroneckerize(
+            nn.ModuleDict(dict(t=nn.Embedding(6, 8, scale_grad_by_freq=True))),
+            {"t": (6, 2)},
+        )
+    tied = nn.ModuleDict(dict(t=nn.Embedding(6, 8), o=nn.Linear(8, 6)))
+    tied["o"].weight = tied["t"].weight
+    with pytest.raises(ValueError, match="share a weight"):
+        kr.kroneckerize(tied, {"t": (6, 2), "o": (6, 4)})
+    with pytest.raises(ValueError, match="meta"):
+        kr.kronecker_error(torch.empty(4, 4, device="meta"), (2, 2))
     assert kr.KroneckerEmbedding(6, 8, (6, 2), padding_idx=-1).padding_idx == 5
 
 
 def test_a_second_compression_fits_every_head(tmp_path):
     "Names of one head must not keep a layer dense under another."
-    small = kr.kroneckerize(kr.kroneckerize(bert(), {"*.intermediate.dense": (8, 2)}), {"bert.encoder.layer.0.attention.self.query": (4, 8)})
+    small = kr.kroneckerize(
+        kr.kroneckerize(bert(), {"*.intermediate.dense": (8, 2)}),
+        {"bert.encoder.layer.0.attention.self.query": (4, 8)},
+    )
     small.save_pretrained(tmp_path)
     model = transformers.AutoModel.from_pretrained(tmp_path)
     assert isinstance(model.encoder.layer[0].attention.self.query, kr.KroneckerLinear)
@@ -238,38 +404,68 @@ def test_layers_under_other_tools(shape_a, rank):
     torch.manual_seed(0)
     layer, x = kr.KroneckerLinear(96, 96, shape_a, rank), torch.randn(4, 3, 96)
     want = layer.to_dense()(x)
-    with torch.autocast("cpu", torch.bfloat16): torch.testing.assert_close(layer(x).float(), want, atol=.1, rtol=.1)
-    for found in (torch.func.vmap(layer)(x), torch.jit.trace(layer, x[:2])(x), torch.compile(layer, backend="aot_eager")(x)): torch.testing.assert_close(found, want, atol=1e-5, rtol=1e-4)
+    with torch.autocast("cpu", torch.bfloat16):
+        torch.testing.assert_close(layer(x).float(), want, atol=0.1, rtol=0.1)
+    for found in (
+        torch.func.vmap(layer)(x),
+        torch.jit.trace(layer, x[:2])(x),
+        torch.compile(layer, backend="aot_eager")(x),
+    ):
+        torch.testing.assert_close(found, want, atol=1e-5, rtol=1e-4)
     assert layer(x[:0]).shape == (0, 3, 96)
-    torch.testing.assert_close(layer.bfloat16()(x.bfloat16()).float(), want, atol=.1, rtol=.1)
+    torch.testing.assert_close(
+        layer.bfloat16()(x.bfloat16()).float(), want, atol=0.1, rtol=0.1
+    )
 
 
 @pytest.mark.parametrize("way", list(kr._WAYS), ids=" ".join)
 @pytest.mark.parametrize("shape_a, rank", [((12, 6), 1), ((12, 24), 2)])
 def test_onnx_for_every_way(way, shape_a, rank, tmp_path):
     "No way bakes the example's batch size into the graph."
-    runtime = pytest.importorskip("onnxruntime"); pytest.importorskip("onnxscript")
-    layer, free = kr.KroneckerLinear(48, 24, shape_a, rank), {0: torch.export.Dim.DYNAMIC, 1: torch.export.Dim.DYNAMIC}
+    runtime = pytest.importorskip("onnxruntime")
+    pytest.importorskip("onnxscript")
+    layer, free = (
+        kr.KroneckerLinear(48, 24, shape_a, rank),
+        {0: torch.export.Dim.DYNAMIC, 1: torch.export.Dim.DYNAMIC},
+    )
     layer.eval().way = way
-    torch.onnx.export(layer, (torch.randn(3, 4, 48),), f=tmp_path / "layer.onnx", dynamo=True, input_names=["x"], dynamic_shapes=(free,), verbose=False)
+    torch.onnx.export(
+        layer,
+        (torch.randn(3, 4, 48),),
+        f=tmp_path / "layer.onnx",
+        dynamo=True,
+        input_names=["x"],
+        dynamic_shapes=(free,),
+        verbose=False,
+    )
     x = torch.randn(5, 2, 48)
-    y, = runtime.InferenceSession(str(tmp_path / "layer.onnx")).run(None, {"x": x.numpy()})
+    (y,) = runtime.InferenceSession(str(tmp_path / "layer.onnx")).run(
+        None, {"x": x.numpy()}
+    )
     np.testing.assert_allclose(y, layer(x).detach().numpy(), atol=1e-5)
 
 
 def test_hooks_are_gone_even_after_an_error():
     teacher = bert()
     with pytest.raises(RuntimeError):
-        with kb.watched(teacher): raise RuntimeError
+        with kb.watched(teacher):
+            raise RuntimeError
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in teacher.modules())
 
 
 def test_only_holes_are_scored():
     "Stage one's masked-LM loss, against all logits; the same draw of holes."
-    teacher, student = bert(kind=HEADS[2]), kr.kroneckerize(bert(kind=HEADS[2], seed=1), SMALL)
+    teacher, student = (
+        bert(kind=HEADS[2]),
+        kr.kroneckerize(bert(kind=HEADS[2], seed=1), SMALL),
+    )
     batch = Rows(rows(6), ()).batch(list(range(6)))
-    torch.manual_seed(3); loss = kb.PretrainingKD(teacher, .4)(student, batch, Progress())
-    torch.manual_seed(3); covered, where = kb.mask_tokens(batch["input_ids"], batch["attention_mask"], student.tokenizer, .4)
+    torch.manual_seed(3)
+    loss = kb.PretrainingKD(teacher, 0.4)(student, batch, Progress())
+    torch.manual_seed(3)
+    covered, where = kb.mask_tokens(
+        batch["input_ids"], batch["attention_mask"], student.tokenizer, 0.4
+    )
     logits = student(input_ids=covered, attention_mask=batch["attention_mask"]).logits
     expected = nn.functional.cross_entropy(logits[where], batch["input_ids"][where])
     torch.testing.assert_close(loss.parts["masked_lm"], expected.detach())
@@ -280,45 +476,87 @@ def test_the_losses_against_a_loop():
     "Sentence by sentence, without padding."
     teacher, student = bert(layers=2), bert(layers=2, seed=1)
     batch = Rows(rows(6), ("label",)).batch(list(range(6)))
+
     def look(model, inputs):
-        with torch.no_grad(), kb.watched(model) as kept: model(**inputs)
+        with torch.no_grad(), kb.watched(model) as kept:
+            model(**inputs)
         return kb.inside(kept, 2)
+
     inputs = {k: batch[k] for k in ("input_ids", "attention_mask")}
-    found = kb.intermediate_losses(look(student, inputs), look(teacher, inputs), batch["attention_mask"])
-    squares = {"embedding": [], "attention 0": [], "attention 1": [], "ffn 0": [], "ffn 1": []}
+    found = kb.intermediate_losses(
+        look(student, inputs), look(teacher, inputs), batch["attention_mask"]
+    )
+    squares = {
+        "embedding": [],
+        "attention 0": [],
+        "attention 1": [],
+        "ffn 0": [],
+        "ffn 1": [],
+    }
     for ids, mask in zip(*inputs.values()):
-        s, t = (look(model, {"input_ids": ids[mask.bool()][None]}) for model in (student, teacher))
+        s, t = (
+            look(model, {"input_ids": ids[mask.bool()][None]})
+            for model in (student, teacher)
+        )
         squares["embedding"].append((s.embedding - t.embedding).square().flatten())
         for i in range(2):
-            squares[f"attention {i}"].append((s.scores[i] - t.scores[i]).square().flatten())
+            squares[f"attention {i}"].append(
+                (s.scores[i] - t.scores[i]).square().flatten()
+            )
             squares[f"ffn {i}"].append((s.ffn[i] - t.ffn[i]).square().flatten())
     mean = {k: torch.cat(v).mean() for k, v in squares.items()}
-    for name in found: torch.testing.assert_close(found[name], sum(v for k, v in mean.items() if k.startswith(name)), atol=1e-4, rtol=1e-4)
+    for name in found:
+        torch.testing.assert_close(
+            found[name],
+            sum(v for k, v in mean.items() if k.startswith(name)),
+            atol=1e-4,
+            rtol=1e-4,
+        )
 
 
-@pytest.mark.parametrize("pattern", ["bert.embeddings.word_embeddings", "*.word_embeddings", "*decoder"])
+@pytest.mark.parametrize(
+    "pattern", ["bert.embeddings.word_embeddings", "*.word_embeddings", "*decoder"]
+)
 def test_the_table_by_any_name(pattern, tmp_path):
     "A pattern with the head's own prefix is stored so that every head can read it."
-    small = kr.kroneckerize(bert(kind=HEADS[2]), {pattern: (40, 4), "bert.encoder.layer.0.intermediate.dense": (8, 2)})
+    small = kr.kroneckerize(
+        bert(kind=HEADS[2]),
+        {pattern: (40, 4), "bert.encoder.layer.0.intermediate.dense": (8, 2)},
+    )
     small.save_pretrained(tmp_path)
     assert small.cls.predictions.decoder.a is small.bert.embeddings.word_embeddings.a
     if pattern != "*decoder":
         body = transformers.AutoModel.from_pretrained(tmp_path)
-        assert type(body.embeddings.word_embeddings) is kr.KroneckerEmbedding and type(body.encoder.layer[0].intermediate.dense) is kr.KroneckerLinear
+        assert (
+            type(body.embeddings.word_embeddings) is kr.KroneckerEmbedding
+            and type(body.encoder.layer[0].intermediate.dense) is kr.KroneckerLinear
+        )
 
 
 def test_models_of_other_kinds_are_not_stored_by_mistake(tmp_path):
     other = kr.kroneckerize(bert(kind=transformers.BertForTokenClassification), SMALL)
-    with pytest.raises(TypeError, match="state_dict"): other.save_pretrained(tmp_path)
+    with pytest.raises(TypeError, match="state_dict"):
+        other.save_pretrained(tmp_path)
     bare = transformers.BertModel(bert().config, add_pooling_layer=False)
     assert kr.kroneckerize(bare, {"*.intermediate.dense": (8, 2)}).pooler is None
-    untied = bert(kind=HEADS[2]).config; untied.tie_word_embeddings = False
-    loose = kr.kroneckerize(transformers.BertForMaskedLM(untied), {"*word_embeddings": (40, 4)})
+    untied = bert(kind=HEADS[2]).config
+    untied.tie_word_embeddings = False
+    loose = kr.kroneckerize(
+        transformers.BertForMaskedLM(untied), {"*word_embeddings": (40, 4)}
+    )
     assert type(loose.cls.predictions.decoder) is nn.Linear
-    twice = kr.kroneckerize(kr.kroneckerize(bert(), {"*.intermediate.dense": (8, 2)}), {"*pooler.dense": (4, 4)})
+    twice = kr.kroneckerize(
+        kr.kroneckerize(bert(), {"*.intermediate.dense": (8, 2)}),
+        {"*pooler.dense": (4, 4)},
+    )
     twice.save_pretrained(tmp_path)
-    again, report = transformers.AutoModelForSequenceClassification.from_pretrained(tmp_path, output_loading_info=True)
-    assert not report["missing_keys"] and type(again.bert.pooler.dense) is kr.KroneckerLinear
+    again, report = transformers.AutoModelForSequenceClassification.from_pretrained(
+        tmp_path, output_loading_info=True
+    )
+    assert (
+        not report["missing_keys"]
+        and type(again.bert.pooler.dense) is kr.KroneckerLinear
+    )
 
 
 def test_rank_deficient_weights_have_finite_factors():
@@ -329,35 +567,62 @@ def test_rank_deficient_weights_have_finite_factors():
         torch.testing.assert_close(factors.product(), w)
         a, b = (factor.flatten(1).norm(dim=1) for factor in factors)
         some = b > 1e-3  # of the others A has length one, so that B can learn
-        torch.testing.assert_close(a, torch.where(some, b, 1.), atol=1e-6, rtol=1e-4)
+        torch.testing.assert_close(a, torch.where(some, b, 1.0), atol=1e-6, rtol=1e-4)
     assert (kr.nearest_kronecker(torch.zeros(4, 4), (2, 2)).product() == 0).all()
 
 
 def test_a_failed_call_changes_nothing():
     net = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 6))
-    with pytest.raises(ValueError, match="m1=4 does not divide 6"): kr.replace_layers(net, {"*": (4, 4)})
+    with pytest.raises(ValueError, match="m1=4 does not divide 6"):
+        kr.replace_layers(net, {"*": (4, 4)})
     assert all(type(layer) is nn.Linear for layer in net)
     normed = nn.Sequential(nn.utils.parametrizations.weight_norm(nn.Linear(8, 8)))
-    with pytest.raises(ValueError, match="parametrization"): kr.kroneckerize(normed, {"0": (2, 2)})
+    with pytest.raises(ValueError, match="parametrization"):
+        kr.kroneckerize(normed, {"0": (2, 2)})
 
 
 def test_kroneckerize_draws_nothing_of_the_readers():
     models = bert(), nn.Sequential(nn.Linear(4, 4))
-    torch.manual_seed(0); expected = torch.rand(3)
-    torch.manual_seed(0); kr.kroneckerize(models[0], SMALL); kr.kroneckerize(models[1], {"0": (2, 2)})
+    torch.manual_seed(0)
+    expected = torch.rand(3)
+    torch.manual_seed(0)
+    kr.kroneckerize(models[0], SMALL)
+    kr.kroneckerize(models[1], {"0": (2, 2)})
     assert torch.equal(torch.rand(3), expected)
 
 
 def test_half_precision_losses():
     "Squares of large differences stay finite, and heads are compared by the student's own count."
-    big = kb.Inside(torch.full((2, 64, 32), 60.).half(), (torch.full((2, 2, 64, 64), 300.).half(),), (torch.full((2, 64, 32), 60.).half(),))
-    none = kb.Inside(*(tuple(torch.zeros_like(y) for y in x) if isinstance(x, tuple) else torch.zeros_like(x) for x in big))
-    assert {k: v.item() for k, v in kb.intermediate_losses(big, none).items()} == dict(embedding=3600., attention=90000., ffn=3600.)
-    student = bert(); student.config.num_attention_heads = 4
-    with pytest.raises(ValueError, match="same layers, heads"): kb.TaskKD(bert())(student, Rows(rows(4), ("label",)).batch([0, 1]), Progress())
+    big = kb.Inside(
+        torch.full((2, 64, 32), 60.0).half(),
+        (torch.full((2, 2, 64, 64), 300.0).half(),),
+        (torch.full((2, 64, 32), 60.0).half(),),
+    )
+    none = kb.Inside(
+        *(
+            tuple(torch.zeros_like(y) for y in x)
+            if isinstance(x, tuple)
+            else torch.zeros_like(x)
+            for x in big
+        )
+    )
+    assert {k: v.item() for k, v in kb.intermediate_losses(big, none).items()} == dict(
+        embedding=3600.0, attention=90000.0, ffn=3600.0
+    )
+    student = bert()
+    student.config.num_attention_heads = 4
+    with pytest.raises(ValueError, match="same layers, heads"):
+        kb.TaskKD(bert())(student, Rows(rows(4), ("label",)).batch([0, 1]), Progress())
 
 
 def test_encoders_that_do_not_match():
-    small, deep = kr.kroneckerize(bert(layers=2), SMALL), kr.kroneckerize(bert(layers=1), SMALL)
-    with pytest.raises(ValueError, match="is missing in the pre-trained"): kb.with_encoder(small, deep)
-    with pytest.raises(ValueError, match="KroneckerBertForMaskedLM"): kb.PretrainingKD(bert(kind=HEADS[2]))(small, Rows(rows(4), ()).batch([0, 1]), Progress())
+    small, deep = (
+        kr.kroneckerize(bert(layers=2), SMALL),
+        kr.kroneckerize(bert(layers=1), SMALL),
+    )
+    with pytest.raises(ValueError, match="is missing in the pre-trained"):
+        kb.with_encoder(small, deep)
+    with pytest.raises(ValueError, match="KroneckerBertForMaskedLM"):
+        kb.PretrainingKD(bert(kind=HEADS[2]))(
+            small, Rows(rows(4), ()).batch([0, 1]), Progress()
+        )

@@ -1,22 +1,41 @@
 """Loss landscapes: any shape, any batch, any model; the model stays as it was; estimates against exact derivatives."""
+
 import copy
 
 import datasets
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import given, settings, strategies as st
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import nn
 from torch.func import functional_call, hessian
 
 from kdbook.distillation import annotate, predict_logits
-from kdbook.landscape import (Estimate, direction_to, hessian_trace, logit_line, logit_surface, moved, pca_plane, plane, project, random_direction,
-                              sharpness, surface_of, trained_weights)
+from kdbook.landscape import (
+    Estimate,
+    direction_to,
+    hessian_trace,
+    logit_line,
+    logit_surface,
+    moved,
+    pca_plane,
+    plane,
+    project,
+    random_direction,
+    sharpness,
+    surface_of,
+    trained_weights,
+)
 from kdbook.models import cnn_student, image_net, lstm_student, student
 
 FAST = settings(max_examples=30, deadline=None)
 seeds = st.integers(0, 10**6)
-shapes = st.lists(st.lists(st.integers(1, 5), min_size=0, max_size=4).map(tuple), min_size=1, max_size=5)
+shapes = st.lists(
+    st.lists(st.integers(1, 5), min_size=0, max_size=4).map(tuple),
+    min_size=1,
+    max_size=5,
+)
 
 
 def weights_of_shapes(shapes, seed):
@@ -26,23 +45,40 @@ def weights_of_shapes(shapes, seed):
 
 def pixels(rows=23, classes=3, size=9, seed=0):
     g = torch.Generator().manual_seed(seed)
-    return datasets.Dataset.from_dict({"pixel_values": torch.rand(rows, size, generator=g).tolist(), "label": torch.randint(0, classes, (rows,), generator=g).tolist()})
+    return datasets.Dataset.from_dict(
+        {
+            "pixel_values": torch.rand(rows, size, generator=g).tolist(),
+            "label": torch.randint(0, classes, (rows,), generator=g).tolist(),
+        }
+    )
 
 
 def sentences(rows=11, seed=0):
     "Rows of unlike length."
     g = torch.Generator().manual_seed(seed)
     lengths = torch.randint(2, 12, (rows,), generator=g).tolist()
-    return datasets.Dataset.from_dict({"input_ids": [torch.randint(1000, 9000, (n,), generator=g).tolist() for n in lengths],
-                                       "label": torch.randint(0, 2, (rows,), generator=g).tolist()})
+    return datasets.Dataset.from_dict(
+        {
+            "input_ids": [
+                torch.randint(1000, 9000, (n,), generator=g).tolist() for n in lengths
+            ],
+            "label": torch.randint(0, 2, (rows,), generator=g).tolist(),
+        }
+    )
 
 
 def state(model):
-    return {**{k: v.clone() for k, v in model.state_dict().items()}, **{f"mode {n}": m.training for n, m in model.named_modules()}}
+    return {
+        **{k: v.clone() for k, v in model.state_dict().items()},
+        **{f"mode {n}": m.training for n, m in model.named_modules()},
+    }
 
 
 def same_state(a, b):
-    return a.keys() == b.keys() and all(torch.equal(v, b[k]) if isinstance(v, torch.Tensor) else v == b[k] for k, v in a.items())
+    return a.keys() == b.keys() and all(
+        torch.equal(v, b[k]) if isinstance(v, torch.Tensor) else v == b[k]
+        for k, v in a.items()
+    )
 
 
 @FAST
@@ -54,22 +90,48 @@ def test_filter_norms_of_any_shape(shapes, seed, other):
         assert d.keys() == w.keys()
         for name, value in w.items():
             assert d[name].shape == value.shape
-            if value.ndim < 2: assert not d[name].any()
-            elif norm == "filter": torch.testing.assert_close(d[name].flatten(1).norm(dim=1), value.flatten(1).norm(dim=1), atol=1e-5, rtol=1e-4)
-            else: torch.testing.assert_close(d[name].norm(), value.norm(), atol=1e-5, rtol=1e-4)
+            if value.ndim < 2:
+                assert not d[name].any()
+            elif norm == "filter":
+                torch.testing.assert_close(
+                    d[name].flatten(1).norm(dim=1),
+                    value.flatten(1).norm(dim=1),
+                    atol=1e-5,
+                    rtol=1e-4,
+                )
+            else:
+                torch.testing.assert_close(
+                    d[name].norm(), value.norm(), atol=1e-5, rtol=1e-4
+                )
     again, raw = random_direction(w, other, "none"), random_direction(w, other, "none")
     assert all(torch.equal(again[k], raw[k]) for k in w)
 
 
-@pytest.mark.parametrize("layer", [nn.Linear(4, 7), nn.Conv1d(3, 4, 2), nn.Conv2d(2, 5, 3), nn.Conv3d(2, 3, 2), nn.Embedding(9, 4), nn.LSTM(3, 4)],
-                         ids=lambda layer: type(layer).__name__)
+@pytest.mark.parametrize(
+    "layer",
+    [
+        nn.Linear(4, 7),
+        nn.Conv1d(3, 4, 2),
+        nn.Conv2d(2, 5, 3),
+        nn.Conv3d(2, 3, 2),
+        nn.Embedding(9, 4),
+        nn.LSTM(3, 4),
+    ],
+    ids=lambda layer: type(layer).__name__,
+)
 def test_filters_of_layers(layer):
     w = trained_weights(layer)
     state, d = torch.get_rng_state(), random_direction(w, 5)
     assert torch.equal(state, torch.get_rng_state())
     for name, value in w.items():
-        if value.ndim > 1: torch.testing.assert_close(d[name].flatten(1).norm(dim=1), value.flatten(1).norm(dim=1))
-    assert random_direction({k: v.double() for k, v in w.items()})[name].dtype == torch.float64
+        if value.ndim > 1:
+            torch.testing.assert_close(
+                d[name].flatten(1).norm(dim=1), value.flatten(1).norm(dim=1)
+            )
+    assert (
+        random_direction({k: v.double() for k, v in w.items()})[name].dtype
+        == torch.float64
+    )
 
 
 def test_a_row_of_zeros_stays():
@@ -84,13 +146,20 @@ def test_a_row_of_zeros_stays():
 def test_plane_and_projection(shapes, seed):
     a, b, c = (weights_of_shapes(shapes, seed + k) for k in range(3))
     directions, at = plane(a, b, c)
-    flat = torch.stack([torch.cat([d[k].double().flatten() for k in a]) for d in directions])
-    torch.testing.assert_close(flat @ flat.T, torch.eye(2, dtype=torch.float64), atol=1e-4, rtol=0)
+    flat = torch.stack(
+        [torch.cat([d[k].double().flatten() for k in a]) for d in directions]
+    )
+    torch.testing.assert_close(
+        flat @ flat.T, torch.eye(2, dtype=torch.float64), atol=1e-4, rtol=0
+    )
     assert at[0].tolist() == [0, 0] and at[1, 1] == 0 and at[1, 0] > 0 and at[2, 1] > 0
     for weights, place in zip((a, b, c), at):
         back = moved(a, directions, place)
-        for name in a: torch.testing.assert_close(back[name], weights[name], atol=2e-3, rtol=1e-3)
-        torch.testing.assert_close(project(weights, a, directions), place, atol=1e-3, rtol=1e-3)
+        for name in a:
+            torch.testing.assert_close(back[name], weights[name], atol=2e-3, rtol=1e-3)
+        torch.testing.assert_close(
+            project(weights, a, directions), place, atol=1e-3, rtol=1e-3
+        )
 
 
 @FAST
@@ -104,9 +173,16 @@ def test_pca_plane_is_the_pca(count, seed):
     _, s, v = torch.linalg.svd(table - table.mean(0), full_matrices=False)
     torch.testing.assert_close(shares, (s**2 / (s**2).sum())[:2], atol=1e-6, rtol=1e-4)
     found = torch.stack([flat(d) for d in directions])
-    torch.testing.assert_close(found @ found.T, torch.eye(2, dtype=torch.float64), atol=1e-4, rtol=0)
-    if s[1] - s[2 if count > 3 else 1] > .1 * s[0] and s[0] - s[1] > .1 * s[0]:
-        torch.testing.assert_close((found * v[:2]).sum(1).abs(), torch.ones(2, dtype=torch.float64), atol=1e-3, rtol=0)
+    torch.testing.assert_close(
+        found @ found.T, torch.eye(2, dtype=torch.float64), atol=1e-4, rtol=0
+    )
+    if s[1] - s[2 if count > 3 else 1] > 0.1 * s[0] and s[0] - s[1] > 0.1 * s[0]:
+        torch.testing.assert_close(
+            (found * v[:2]).sum(1).abs(),
+            torch.ones(2, dtype=torch.float64),
+            atol=1e-3,
+            rtol=0,
+        )
     torch.testing.assert_close(at, (table - table[-1]) @ found.T, atol=1e-4, rtol=1e-4)
     assert (at[-1].abs() < 1e-9).all() and (at[0] <= 1e-6).all()
 
@@ -114,17 +190,31 @@ def test_pca_plane_is_the_pca(count, seed):
 @FAST
 @given(st.integers(1, 9), st.integers(1, 30), seeds)
 def test_batch_size_changes_nothing(rows, batch_size, seed):
-    net, data = image_net((6, 5), num_labels=3, pixels=9, seed=seed % 1000), pixels(rows, seed=seed)
+    net, data = (
+        image_net((6, 5), num_labels=3, pixels=9, seed=seed % 1000),
+        pixels(rows, seed=seed),
+    )
     d = random_direction(trained_weights(net), seed)
-    line = logit_line(net, data, d, [-1, 0, .5], batch_size=batch_size, progress=False)
-    torch.testing.assert_close(line, logit_line(net, data, d, [-1, 0, .5], progress=False), atol=1e-5, rtol=1e-5)
-    for x, logits in zip((-1, 0, .5), line):
+    line = logit_line(net, data, d, [-1, 0, 0.5], batch_size=batch_size, progress=False)
+    torch.testing.assert_close(
+        line,
+        logit_line(net, data, d, [-1, 0, 0.5], progress=False),
+        atol=1e-5,
+        rtol=1e-5,
+    )
+    for x, logits in zip((-1, 0, 0.5), line):
         probe = copy.deepcopy(net)
         probe.load_state_dict(moved(trained_weights(net), [d], [x]))
-        torch.testing.assert_close(logits, predict_logits(probe, data, progress=False), atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(
+            logits, predict_logits(probe, data, progress=False), atol=1e-5, rtol=1e-5
+        )
 
 
-MODELS = {"bert": lambda: student(1, 32), "cnn": lambda: cnn_student(6), "lstm": lambda: lstm_student(5, 2)}
+MODELS = {
+    "bert": lambda: student(1, 32),
+    "cnn": lambda: cnn_student(6),
+    "lstm": lambda: lstm_student(5, 2),
+}
 
 
 @pytest.mark.parametrize("kind", MODELS)
@@ -133,39 +223,63 @@ def test_text_students(kind):
     model, data = MODELS[kind](), sentences()
     model.train()
     before, w = state(model), trained_weights(model)
-    assert not any(p is q for p in w.values() for q in model.parameters()) and not any("word_embeddings" in n or n == "embeddings.weight" for n in w)
+    assert not any(p is q for p in w.values() for q in model.parameters()) and not any(
+        "word_embeddings" in n or n == "embeddings.weight" for n in w
+    )
     directions = [random_direction(w, 0), random_direction(w, 1)]
-    grid = logit_surface(model, data, directions, [-.5, 0], [0, .5, 1], batch_size=4, progress=False)
+    grid = logit_surface(
+        model, data, directions, [-0.5, 0], [0, 0.5, 1], batch_size=4, progress=False
+    )
     assert grid.shape == (3, 2, 11, 2) and same_state(before, state(model))
-    assert torch.equal(grid[0, 1], predict_logits(model, data, batch_size=4, progress=False))
+    assert torch.equal(
+        grid[0, 1], predict_logits(model, data, batch_size=4, progress=False)
+    )
     probe = copy.deepcopy(model)
-    probe.load_state_dict(moved(w, directions, (-.5, 1)), strict=False)
-    torch.testing.assert_close(grid[2, 0], predict_logits(probe, data, progress=False), atol=1e-5, rtol=1e-4)
-    for estimate in (sharpness(model, data, batch_size=4, progress=False), hessian_trace(model, data, samples=3, batch_size=4, progress=False)):
+    probe.load_state_dict(moved(w, directions, (-0.5, 1)), strict=False)
+    torch.testing.assert_close(
+        grid[2, 0], predict_logits(probe, data, progress=False), atol=1e-5, rtol=1e-4
+    )
+    for estimate in (
+        sharpness(model, data, batch_size=4, progress=False),
+        hessian_trace(model, data, samples=3, batch_size=4, progress=False),
+    ):
         assert isinstance(estimate, Estimate) and estimate.error > 0
-    assert same_state(before, state(model)) and all(p.grad is None for p in model.parameters())
-    model(**{k: torch.tensor([data[0]["input_ids"]]) for k in ("input_ids",)}).logits.sum().backward()  # it still trains
+    assert same_state(before, state(model)) and all(
+        p.grad is None for p in model.parameters()
+    )
+    model(
+        **{k: torch.tensor([data[0]["input_ids"]]) for k in ("input_ids",)}
+    ).logits.sum().backward()  # it still trains
     assert any(p.grad is not None for p in model.parameters())
 
 
 class Tied(nn.Module):
     "Two layers with one weight."
+
     def __init__(self):
         super().__init__()
         self.a, self.b = nn.Linear(9, 9), nn.Linear(9, 9)
         self.b.weight = self.a.weight
-    def forward(self, pixel_values): return self.b(torch.relu(self.a(pixel_values)))
+
+    def forward(self, pixel_values):
+        return self.b(torch.relu(self.a(pixel_values)))
 
 
 def test_tied_weights_move_together():
-    with torch.random.fork_rng(): torch.manual_seed(0); net = Tied()
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        net = Tied()
     w = trained_weights(net)
     assert sorted(w) == ["a.bias", "a.weight", "b.bias"]
     d, data = random_direction(w), pixels()
     probe = copy.deepcopy(net)
-    with torch.no_grad(): probe.a.weight.add_(.3 * d["a.weight"])
+    with torch.no_grad():
+        probe.a.weight.add_(0.3 * d["a.weight"])
     assert probe.b.weight is probe.a.weight
-    torch.testing.assert_close(logit_line(net, data, d, [.3], progress=False)[0], predict_logits(probe, data, progress=False))
+    torch.testing.assert_close(
+        logit_line(net, data, d, [0.3], progress=False)[0],
+        predict_logits(probe, data, progress=False),
+    )
 
 
 def test_partly_frozen():
@@ -177,84 +291,153 @@ def test_partly_frozen():
 
 
 def exact_trace(net, data):
-    w, x, y = trained_weights(net), torch.tensor(data["pixel_values"]), torch.tensor(data["label"])
+    w, x, y = (
+        trained_weights(net),
+        torch.tensor(data["pixel_values"]),
+        torch.tensor(data["label"]),
+    )
     sizes = [v.numel() for v in w.values()]
-    unflat = lambda flat: {name: part.reshape(v.shape) for (name, v), part in zip(w.items(), flat.split(sizes))}
-    loss = lambda flat: F.cross_entropy(functional_call(net, unflat(flat), (x,)).logits, y)
+    unflat = lambda flat: {
+        name: part.reshape(v.shape)
+        for (name, v), part in zip(w.items(), flat.split(sizes))
+    }
+    loss = lambda flat: F.cross_entropy(
+        functional_call(net, unflat(flat), (x,)).logits, y
+    )
     return hessian(loss)(torch.cat([v.flatten() for v in w.values()])).trace().item()
 
 
 @pytest.mark.parametrize("seed", range(4))
 def test_hessian_trace_against_the_exact_one(seed):
     net, data = image_net((5, 4), num_labels=3, pixels=9, seed=seed), pixels(seed=seed)
-    found, exact = hessian_trace(net, data, samples=300, seed=seed, progress=False), exact_trace(net, data)
-    assert abs(found.mean - exact) < 4 * found.error and found.error < .3 * abs(exact) + .1
+    found, exact = (
+        hessian_trace(net, data, samples=300, seed=seed, progress=False),
+        exact_trace(net, data),
+    )
+    assert (
+        abs(found.mean - exact) < 4 * found.error
+        and found.error < 0.3 * abs(exact) + 0.1
+    )
     small = hessian_trace(net, data, samples=5, seed=seed, batch_size=4, progress=False)
-    assert small.mean == pytest.approx(hessian_trace(net, data, samples=5, seed=seed, progress=False).mean, rel=1e-3, abs=1e-4)
+    assert small.mean == pytest.approx(
+        hessian_trace(net, data, samples=5, seed=seed, progress=False).mean,
+        rel=1e-3,
+        abs=1e-4,
+    )
 
 
 def test_hessian_trace_through_attention():
     "A model loaded with fused attention gives what the eager one gives."
     data = sentences(6)
-    found = [hessian_trace(student(1, 32, attn_implementation=how), data, samples=3, progress=False).mean for how in ("sdpa", "eager")]
+    found = [
+        hessian_trace(
+            student(1, 32, attn_implementation=how), data, samples=3, progress=False
+        ).mean
+        for how in ("sdpa", "eager")
+    ]
     assert found[0] == pytest.approx(found[1], rel=1e-3)
 
 
 @FAST
-@given(st.floats(.01, 1), st.integers(1, 5), seeds)
+@given(st.floats(0.01, 1), st.integers(1, 5), seeds)
 def test_sharpness_of_a_bowl(rho, steps, seed):
     "The loss (w.x - y)^2 of one row rises to (|r| + rho |x|)^2, in any number of steps."
+
     class Flat(nn.Linear):
-        def forward(self, pixel_values): return super().forward(pixel_values)
+        def forward(self, pixel_values):
+            return super().forward(pixel_values)
+
     g = torch.Generator().manual_seed(seed)
     net = Flat(3, 1, bias=False)
     net.weight.data = torch.randn(1, 3, generator=g)
     x, y = torch.randn(3, generator=g), torch.randn((), generator=g)
     r, length = (net.weight.detach() @ x - y).abs().item(), x.norm().item()
-    if r < 1e-2: return
-    data = datasets.Dataset.from_dict({"pixel_values": [x.tolist()] * 8, "label": [y.item()] * 8})
+    if r < 1e-2:
+        return
+    data = datasets.Dataset.from_dict(
+        {"pixel_values": [x.tolist()] * 8, "label": [y.item()] * 8}
+    )
     found = sharpness(net, data, rho, steps, batch_size=4, progress=False)
-    assert found.mean == pytest.approx((r + rho * length)**2 - r**2, rel=1e-3, abs=1e-4) and found.error == pytest.approx(0, abs=1e-5)
+    assert found.mean == pytest.approx(
+        (r + rho * length) ** 2 - r**2, rel=1e-3, abs=1e-4
+    ) and found.error == pytest.approx(0, abs=1e-5)
 
 
 def test_sharpness_at_a_flat_place_is_zero():
     net = image_net(4, num_labels=3, pixels=9)
-    assert sharpness(net, pixels(), loss=lambda logits, batch: logits.sum() * 0, progress=False).mean == 0
+    assert (
+        sharpness(
+            net, pixels(), loss=lambda logits, batch: logits.sum() * 0, progress=False
+        ).mean
+        == 0
+    )
 
 
 def test_a_loss_of_ones_own():
     "Rows without labels will do where the loss reads the teacher."
     net, data = image_net(5, num_labels=3, pixels=9), pixels()
-    told = annotate(data, image_net(8, num_labels=3, pixels=9, seed=4), cache=False, progress=False).remove_columns("label")
+    told = annotate(
+        data, image_net(8, num_labels=3, pixels=9, seed=4), cache=False, progress=False
+    ).remove_columns("label")
     follow = lambda logits, batch: F.mse_loss(logits, batch["teacher_logits"])
-    assert sharpness(net, told, loss=follow, progress=False).mean > 0 and hessian_trace(net, told, loss=follow, samples=2, progress=False).mean > 0
-    with pytest.raises(ValueError, match="'label'"): sharpness(net, told)
+    assert (
+        sharpness(net, told, loss=follow, progress=False).mean > 0
+        and hessian_trace(net, told, loss=follow, samples=2, progress=False).mean > 0
+    )
+    with pytest.raises(ValueError, match="'label'"):
+        sharpness(net, told)
 
 
 def test_rows_without_a_label_are_left_out():
     net, data = image_net(5, num_labels=3, pixels=9), pixels(12)
-    half = datasets.Dataset.from_dict({"pixel_values": 2 * list(data["pixel_values"]), "label": list(data["label"]) + [-100] * 12})
-    assert hessian_trace(net, half, samples=3, progress=False) == hessian_trace(net, data, samples=3, progress=False)
+    half = datasets.Dataset.from_dict(
+        {
+            "pixel_values": 2 * list(data["pixel_values"]),
+            "label": list(data["label"]) + [-100] * 12,
+        }
+    )
+    assert hessian_trace(net, half, samples=3, progress=False) == hessian_trace(
+        net, data, samples=3, progress=False
+    )
 
 
-@pytest.mark.parametrize("call, words", [
-    (lambda net, data, d: moved(trained_weights(net), [d], [1, 2]), "1 directions but 2"),
-    (lambda net, data, d: direction_to(d, {"x": torch.zeros(2)}), "one of the two"),
-    (lambda net, data, d: logit_line(net, data, {"x": torch.zeros(2)}, [0]), "one of the two"),
-    (lambda net, data, d: logit_line(net, data, d, [0], origin=trained_weights(image_net(7, num_labels=3, pixels=9))), r"\(4, 9\) and \(7, 9\)"),
-    (lambda net, data, d: logit_line(net, data, d, []), "no points"),
-    (lambda net, data, d: logit_surface(net, data, [d], [0], [0]), "got 1"),
-    (lambda net, data, d: surface_of(torch.zeros(3, 2), sum), r"\(3, 2\)"),
-    (lambda net, data, d: pca_plane([d, d]), "got 2"),
-    (lambda net, data, d: plane(d, d, d), "line"),
-    (lambda net, data, d: random_direction(d, norm="row"), "row"),
-    (lambda net, data, d: sharpness(net, data, rho=-1), "rho=-1"),
-    (lambda net, data, d: sharpness(net, data, steps=0), "steps=0"),
-    (lambda net, data, d: hessian_trace(net, data, samples=0), "got 0"),
-])
+@pytest.mark.parametrize(
+    "call, words",
+    [
+        (
+            lambda net, data, d: moved(trained_weights(net), [d], [1, 2]),
+            "1 directions but 2",
+        ),
+        (lambda net, data, d: direction_to(d, {"x": torch.zeros(2)}), "one of the two"),
+        (
+            lambda net, data, d: logit_line(net, data, {"x": torch.zeros(2)}, [0]),
+            "one of the two",
+        ),
+        (
+            lambda net, data, d: logit_line(
+                net,
+                data,
+                d,
+                [0],
+                origin=trained_weights(image_net(7, num_labels=3, pixels=9)),
+            ),
+            r"\(4, 9\) and \(7, 9\)",
+        ),
+        (lambda net, data, d: logit_line(net, data, d, []), "no points"),
+        (lambda net, data, d: logit_surface(net, data, [d], [0], [0]), "got 1"),
+        (lambda net, data, d: surface_of(torch.zeros(3, 2), sum), r"\(3, 2\)"),
+        (lambda net, data, d: pca_plane([d, d]), "got 2"),
+        (lambda net, data, d: plane(d, d, d), "line"),
+        (lambda net, data, d: random_direction(d, norm="row"), "row"),
+        (lambda net, data, d: sharpness(net, data, rho=-1), "rho=-1"),
+        (lambda net, data, d: sharpness(net, data, steps=0), "steps=0"),
+        (lambda net, data, d: hessian_trace(net, data, samples=0), "got 0"),
+    ],
+)
 def test_what_cannot_work_says_so(call, words):
     net = image_net(4, num_labels=3, pixels=9)
-    with pytest.raises(ValueError, match=words): call(net, pixels(), random_direction(trained_weights(net)))
+    with pytest.raises(ValueError, match=words):
+        call(net, pixels(), random_direction(trained_weights(net)))
 
 
 @pytest.mark.slow
@@ -263,5 +446,14 @@ def test_the_surface_of_a_book_sized_student():
     model, data = student(), sentences(256)
     w = trained_weights(model)
     xs = [k / 3 for k in range(-3, 4)]
-    grid = logit_surface(model, data, [random_direction(w, 0), random_direction(w, 1)], xs, xs, progress=False)
-    assert grid.shape == (7, 7, 256, 2) and torch.equal(grid[3, 3], predict_logits(model, data, progress=False))
+    grid = logit_surface(
+        model,
+        data,
+        [random_direction(w, 0), random_direction(w, 1)],
+        xs,
+        xs,
+        progress=False,
+    )
+    assert grid.shape == (7, 7, 256, 2) and torch.equal(
+        grid[3, 3], predict_logits(model, data, progress=False)
+    )

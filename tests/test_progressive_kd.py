@@ -1,17 +1,31 @@
 """Pro-KD's trail: recording, annotating, following, and what it must equal."""
-import subprocess, sys, signal, os, time
+
+import os
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import given, settings, strategies as st
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from test_annealing_kd import changed, images, same, train
 
 from kdbook.annealing_kd import AnnealingKD, phi
 from kdbook.distillation import soft_target_loss
 from kdbook.models import image_net
-from kdbook.progressive_kd import ProgressiveKD, Trail, annotate_trail, departure, footsteps, recipe, trail_target
+from kdbook.progressive_kd import (
+    ProgressiveKD,
+    Trail,
+    annotate_trail,
+    departure,
+    footsteps,
+    recipe,
+    trail_target,
+)
 from kdbook.training import CrossEntropy, LogitMSE, Progress, Recipe, Stage, fit
-from test_annealing_kd import changed, images, same, train
 
 ROOT = Path(__file__).resolve().parent.parent
 FAST = settings(max_examples=60, deadline=None)
@@ -22,61 +36,100 @@ def trailed(checkpoints=4, seed=0):
     data = images(seed=seed)
     last = torch.tensor(data["teacher_logits"])
     start = torch.randn(last.shape, generator=torch.Generator().manual_seed(seed + 1))
-    trail = torch.stack([start + (last - start) * k / (checkpoints - 1) for k in range(checkpoints)], 1)
+    trail = torch.stack(
+        [start + (last - start) * k / (checkpoints - 1) for k in range(checkpoints)], 1
+    )
     return data.add_column("teacher_trail", trail.tolist()), trail
 
 
-def one(objective, epochs=4): return Recipe((Stage(objective, epochs, 5e-3, 16),))
+def one(objective, epochs=4):
+    return Recipe((Stage(objective, epochs, 5e-3, 16),))
 
 
 # recording
 
+
 def test_trail_keeps_what_training_had(tmp_path):
     "The last checkpoint is the trained model; recording does not disturb the training."
     from safetensors.torch import load_file
+
     data, trail = images(), Trail((1, 3, 6), tmp_path / "trail")
     net = image_net(hidden=8, num_labels=4, pixels=16)
-    run = lambda *callbacks: fit(net, Recipe((Stage(CrossEntropy(), 2, 5e-3, 16),), callbacks), data, progress=False).student
+    run = lambda *callbacks: (
+        fit(
+            net,
+            Recipe((Stage(CrossEntropy(), 2, 5e-3, 16),), callbacks),
+            data,
+            progress=False,
+        ).student
+    )
     recorded = run(trail)
     assert same(recorded, run())
     last = load_file(trail.path(6))
     assert all(torch.equal(last[k], v) for k, v in recorded.state_dict().items())
-    assert sorted(p.name for p in trail.folder.iterdir()) == ["step-00001.safetensors", "step-00003.safetensors", "step-00006.safetensors"]
+    assert sorted(p.name for p in trail.folder.iterdir()) == [
+        "step-00001.safetensors",
+        "step-00003.safetensors",
+        "step-00006.safetensors",
+    ]
 
 
 def test_annotate_trail_is_annotate_at_each_place(tmp_path):
     data, trail = images(), Trail((1, 6), tmp_path)
-    net = fit(image_net(hidden=8, num_labels=4, pixels=16), Recipe((Stage(CrossEntropy(), 2, 5e-3, 16),), (trail,)), data, progress=False).student
-    net.load_state_dict(image_net(hidden=8, num_labels=4, pixels=16, seed=5).state_dict())
+    net = fit(
+        image_net(hidden=8, num_labels=4, pixels=16),
+        Recipe((Stage(CrossEntropy(), 2, 5e-3, 16),), (trail,)),
+        data,
+        progress=False,
+    ).student
+    net.load_state_dict(
+        image_net(hidden=8, num_labels=4, pixels=16, seed=5).state_dict()
+    )
     before = {k: v.clone() for k, v in net.state_dict().items()}
     rows = annotate_trail(data, net, trail, progress=False)
     assert all(torch.equal(before[k], v) for k, v in net.state_dict().items())
     seen = torch.tensor(rows["teacher_trail"])
-    assert seen.shape == (48, 2, 4) and torch.equal(seen[:, -1], torch.tensor(rows["teacher_logits"]))
+    assert seen.shape == (48, 2, 4) and torch.equal(
+        seen[:, -1], torch.tensor(rows["teacher_logits"])
+    )
     assert not torch.allclose(seen[:, 0], seen[:, 1])
 
 
 def test_a_killed_teacher_leaves_whole_files(tmp_path):
     "kill -9 while checkpoints are written: every file that is there can be read."
     from safetensors.torch import load_file
-    script = ("import torch; from pathlib import Path; from kdbook.progressive_kd import Trail; from kdbook.models import image_net\n"
-              f"t = Trail(range(1, 100000), Path({str(tmp_path)!r})); net = image_net(hidden=512)\n"
-              "for step in range(1, 100000): t.keep(net, step)")
+
+    script = (
+        "import torch; from pathlib import Path; from kdbook.progressive_kd import Trail; from kdbook.models import image_net\n"
+        f"t = Trail(range(1, 100000), Path({str(tmp_path)!r})); net = image_net(hidden=512)\n"
+        "for step in range(1, 100000): t.keep(net, step)"
+    )
     child = subprocess.Popen([sys.executable, "-c", script], cwd=ROOT)
-    while len(list(tmp_path.glob("step-*"))) < 20: time.sleep(.05)
-    os.kill(child.pid, signal.SIGKILL); child.wait()
+    while len(list(tmp_path.glob("step-*"))) < 20:
+        time.sleep(0.05)
+    os.kill(child.pid, signal.SIGKILL)
+    child.wait()
     files = list(tmp_path.glob("step-*"))
-    assert len(files) >= 20 and all(set(load_file(p)) == set(image_net(hidden=512).state_dict()) for p in files)
+    assert len(files) >= 20 and all(
+        set(load_file(p)) == set(image_net(hidden=512).state_dict()) for p in files
+    )
 
 
 # following
 
+
 @FAST
 @given(st.integers(2, 12), st.integers(1, 400))
 def test_every_checkpoint_gets_its_share(checkpoints, steps):
-    shown = [trail_target(torch.zeros(1, checkpoints, 2), s / steps)[1] for s in range(steps)]
+    shown = [
+        trail_target(torch.zeros(1, checkpoints, 2), s / steps)[1] for s in range(steps)
+    ]
     counts = [shown.count(j + 1.0) for j in range(checkpoints)]
-    assert shown == sorted(shown) and sum(counts) == steps and max(counts) - min(counts) <= 1
+    assert (
+        shown == sorted(shown)
+        and sum(counts) == steps
+        and max(counts) - min(counts) <= 1
+    )
 
 
 @FAST
@@ -84,45 +137,83 @@ def test_every_checkpoint_gets_its_share(checkpoints, steps):
 def test_orders(checkpoints):
     forward = footsteps(checkpoints)
     detour = footsteps(checkpoints, "detour")
-    assert sorted(detour) == forward and detour[-1] == forward[-1] and detour[:-1] == forward[-2::-1]
-    assert footsteps(checkpoints, "reversed") == forward[::-1] and sorted(footsteps(checkpoints, "shuffled")) == forward
-    assert [footsteps(checkpoints, j) for j in range(1, checkpoints + 1)] == [[j] for j in forward]
+    assert (
+        sorted(detour) == forward
+        and detour[-1] == forward[-1]
+        and detour[:-1] == forward[-2::-1]
+    )
+    assert (
+        footsteps(checkpoints, "reversed") == forward[::-1]
+        and sorted(footsteps(checkpoints, "shuffled")) == forward
+    )
+    assert [footsteps(checkpoints, j) for j in range(1, checkpoints + 1)] == [
+        [j] for j in forward
+    ]
 
 
 def test_annealed_scales_are_annealing_kds():
     ones = torch.ones(1, 5, 2)
-    scales = [trail_target(ones, s / 5, annealed=True)[0][0, 0].item() for s in range(5)]
+    scales = [
+        trail_target(ones, s / 5, annealed=True)[0][0, 0].item() for s in range(5)
+    ]
     assert scales == pytest.approx([phi(t, 5) for t in (5, 4, 3, 2, 1)])
 
 
 def test_scaled_copies_are_annealing_kd_to_the_bit():
     data, trail = trailed()
     copies = torch.stack([phi(t, 4) * trail[:, -1] for t in (4, 3, 2, 1)], 1)
-    copied, plain = changed(data, "teacher_trail", copies.tolist()), changed(data, "teacher_logits", trail[:, -1].tolist())
-    assert same(train(one(ProgressiveKD()), copied).student, train(one(AnnealingKD(4)), plain).student)
+    copied, plain = (
+        changed(data, "teacher_trail", copies.tolist()),
+        changed(data, "teacher_logits", trail[:, -1].tolist()),
+    )
+    assert same(
+        train(one(ProgressiveKD()), copied).student,
+        train(one(AnnealingKD(4)), plain).student,
+    )
     equal = changed(data, "teacher_trail", trail[:, -1:].expand(-1, 4, -1).tolist())
-    assert same(train(one(ProgressiveKD(phi="annealed")), equal).student, train(one(AnnealingKD(4)), plain).student)
-    assert same(train(one(ProgressiveKD()), equal).student, train(one(LogitMSE()), plain).student)
-    assert same(train(one(ProgressiveKD(path="mean")), equal).student, train(one(LogitMSE()), plain).student)
+    assert same(
+        train(one(ProgressiveKD(phi="annealed")), equal).student,
+        train(one(AnnealingKD(4)), plain).student,
+    )
+    assert same(
+        train(one(ProgressiveKD()), equal).student,
+        train(one(LogitMSE()), plain).student,
+    )
+    assert same(
+        train(one(ProgressiveKD(path="mean")), equal).student,
+        train(one(LogitMSE()), plain).student,
+    )
 
 
 def test_kl_is_the_soft_target_loss():
     data, trail = trailed()
-    net, batch = image_net(hidden=8, num_labels=4, pixels=16), dict(pixel_values=torch.tensor(data["pixel_values"])[:8], teacher_trail=trail[:8])
-    found = ProgressiveKD(loss="kl", temperature=3.0)(net, batch, Progress(step=99, steps=100)).total
-    torch.testing.assert_close(found, soft_target_loss(net(batch["pixel_values"]).logits, trail[:8, -1], 3.0))
+    net, batch = (
+        image_net(hidden=8, num_labels=4, pixels=16),
+        dict(
+            pixel_values=torch.tensor(data["pixel_values"])[:8], teacher_trail=trail[:8]
+        ),
+    )
+    found = ProgressiveKD(loss="kl", temperature=3.0)(
+        net, batch, Progress(step=99, steps=100)
+    ).total
+    torch.testing.assert_close(
+        found, soft_target_loss(net(batch["pixel_values"]).logits, trail[:8, -1], 3.0)
+    )
 
 
 def test_stage_two_does_not_see_the_teacher():
     data, trail = trailed()
     what = recipe(epochs=(2, 3), lr=5e-3, batch_size=16)
     start = train(Recipe(what.stages[:1]), data).student
-    labels = lambda rows: fit(start, Recipe(what.stages[1:]), rows, progress=False).student
+    labels = lambda rows: (
+        fit(start, Recipe(what.stages[1:]), rows, progress=False).student
+    )
     assert same(labels(data), labels(changed(data, "teacher_trail", (-trail).tolist())))
     assert [s.objective.rows for s in what.stages] == ["all", "labelled"]
 
 
 # measuring
+
 
 @FAST
 @given(st.floats(0.01, 50), st.integers(0, 999))
@@ -131,44 +222,67 @@ def test_departure_ignores_scale(scale, seed):
     away, best = departure(z)
     z[:, 0] *= scale
     again, rescaled = departure(z)
-    torch.testing.assert_close(away, again); torch.testing.assert_close(rescaled[0], scale * best[0])
+    torch.testing.assert_close(away, again)
+    torch.testing.assert_close(rescaled[0], scale * best[0])
     assert (0 <= away).all() and (away <= 2).all() and best[-1] == pytest.approx(1)
 
 
 def test_jumps_add_up_to_at_least_the_whole_way():
     _, trail = trailed(6)
     jumps = (trail[:, 1:] - trail[:, :-1]).norm(dim=-1).sum(1)
-    torch.testing.assert_close(jumps, (trail[:, -1] - trail[:, 0]).norm(dim=-1))  # this trail is straight
+    torch.testing.assert_close(
+        jumps, (trail[:, -1] - trail[:, 0]).norm(dim=-1)
+    )  # this trail is straight
     trail[:, 2] += 1
-    assert ((trail[:, 1:] - trail[:, :-1]).norm(dim=-1).sum(1) > (trail[:, -1] - trail[:, 0]).norm(dim=-1)).all()
+    assert (
+        (trail[:, 1:] - trail[:, :-1]).norm(dim=-1).sum(1)
+        > (trail[:, -1] - trail[:, 0]).norm(dim=-1)
+    ).all()
 
 
-@pytest.mark.parametrize("call, said", [
-    (lambda: footsteps(1), ["at least 2", "got 1"]),
-    (lambda: footsteps(4, 5), ["path=5", "1 to 4"]),
-    (lambda: footsteps(4, 0), ["path=0", "1 to 4"]),
-    (lambda: ProgressiveKD(path="backwards"), ["backwards"]),
-    (lambda: ProgressiveKD(path=0), ["path=0"]),
-    (lambda: ProgressiveKD(phi="half"), ["half"]),
-    (lambda: ProgressiveKD(loss="mae"), ["mae"]),
-    (lambda: ProgressiveKD(loss="kl", temperature=0), ["temperature", "0"]),
-    (lambda: departure(torch.zeros(4, 1, 2)), ["(4, 1, 2)"]),
-    (lambda: Trail((3, 3), "x"), ["(3, 3)"]),
-    (lambda: Trail((), "x"), ["()"]),
-    (lambda: Trail((0, 3), "x"), ["(0, 3)"]),
-    (lambda: trail_target(torch.zeros(4, 2), 0.), ["(4, 2)"]),
-    (lambda: ProgressiveKD(phi="annealed", path="mean"), ["mean", "annealed"]),
-    (lambda: train(one(ProgressiveKD()), images()), ["teacher_trail", "annotate_trail"]),
-    (lambda: train(one(ProgressiveKD(path=7)), trailed()[0]), ["path=7", "1 to 4"]),
-    (lambda: train(one(ProgressiveKD()), changed(trailed()[0], "teacher_trail", trailed()[1][:, :1].tolist())), ["at least 2", "got 1"]),
-])
+@pytest.mark.parametrize(
+    "call, said",
+    [
+        (lambda: footsteps(1), ["at least 2", "got 1"]),
+        (lambda: footsteps(4, 5), ["path=5", "1 to 4"]),
+        (lambda: footsteps(4, 0), ["path=0", "1 to 4"]),
+        (lambda: ProgressiveKD(path="backwards"), ["backwards"]),
+        (lambda: ProgressiveKD(path=0), ["path=0"]),
+        (lambda: ProgressiveKD(phi="half"), ["half"]),
+        (lambda: ProgressiveKD(loss="mae"), ["mae"]),
+        (lambda: ProgressiveKD(loss="kl", temperature=0), ["temperature", "0"]),
+        (lambda: departure(torch.zeros(4, 1, 2)), ["(4, 1, 2)"]),
+        (lambda: Trail((3, 3), "x"), ["(3, 3)"]),
+        (lambda: Trail((), "x"), ["()"]),
+        (lambda: Trail((0, 3), "x"), ["(0, 3)"]),
+        (lambda: trail_target(torch.zeros(4, 2), 0.0), ["(4, 2)"]),
+        (lambda: ProgressiveKD(phi="annealed", path="mean"), ["mean", "annealed"]),
+        (
+            lambda: train(one(ProgressiveKD()), images()),
+            ["teacher_trail", "annotate_trail"],
+        ),
+        (lambda: train(one(ProgressiveKD(path=7)), trailed()[0]), ["path=7", "1 to 4"]),
+        (
+            lambda: train(
+                one(ProgressiveKD()),
+                changed(trailed()[0], "teacher_trail", trailed()[1][:, :1].tolist()),
+            ),
+            ["at least 2", "got 1"],
+        ),
+    ],
+)
 def test_bad_input_names_the_values(call, said):
-    with pytest.raises(ValueError) as error: call()
-    for word in said: assert word in str(error.value)
+    with pytest.raises(ValueError) as error:
+        call()
+    for word in said:
+        assert word in str(error.value)
 
 
 def test_missing_checkpoint_is_named(tmp_path):
-    with pytest.raises(FileNotFoundError, match="after 5 updates"): annotate_trail(images(), image_net(num_labels=4, pixels=16), Trail((5,), tmp_path))
+    with pytest.raises(FileNotFoundError, match="after 5 updates"):
+        annotate_trail(
+            images(), image_net(num_labels=4, pixels=16), Trail((5,), tmp_path)
+        )
 
 
 def test_a_trail_gives_back_its_weights(tmp_path):
@@ -176,4 +290,5 @@ def test_a_trail_gives_back_its_weights(tmp_path):
     trail.keep(net, 1)
     other = trail.load(image_net(4, seed=3), 1)
     assert same(other, net)
-    with pytest.raises(FileNotFoundError, match="after 2 updates"): trail.load(image_net(4))
+    with pytest.raises(FileNotFoundError, match="after 2 updates"):
+        trail.load(image_net(4))

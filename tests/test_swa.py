@@ -1,38 +1,59 @@
 """SWA: the mean against a loop, no side effect, killed runs, what is kept."""
-import json, os, signal
+
+import json
+import os
+import signal
 from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import given, settings, strategies as st
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from test_training import forked, go, images, in_new_process, net, same
 
 from kdbook import annealing_kd, swa
 from kdbook.distillation import annotate
 from kdbook.models import character_student, image_net
 from kdbook.swa import SWA, snapshot_steps
 from kdbook.training import Callback, CrossEntropy, Recipe, Stage
-from test_training import forked, go, images, in_new_process, net, same
 
 
 class Film(Callback):
     "Keeps the weights after every update, and of which stage they are."
-    def __init__(self): self.frames = []
-    def after_step(self, run, progress): self.frames.append((run.stage, {k: v.detach().clone() for k, v in run.student.state_dict().items()}))
+
+    def __init__(self):
+        self.frames = []
+
+    def after_step(self, run, progress):
+        self.frames.append(
+            (
+                run.stage,
+                {k: v.detach().clone() for k, v in run.student.state_dict().items()},
+            )
+        )
 
 
 class Kill(Callback):
     "Ends the process after some updates of its own."
-    def __init__(self, after): self.left = after
+
+    def __init__(self, after):
+        self.left = after
+
     def after_step(self, run, progress):
         self.left -= 1
-        if self.left == 0: os.kill(os.getpid(), signal.SIGKILL)
-    def state_dict(self): return {"left": 0}  # its count is no setting of the run
+        if self.left == 0:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    def state_dict(self):
+        return {"left": 0}  # its count is no setting of the run
 
 
-def constant(epochs=3, lr=5e-3): return Stage(CrossEntropy(), epochs, lr, 8, schedule="constant")
+def constant(epochs=3, lr=5e-3):
+    return Stage(CrossEntropy(), epochs, lr, 8, schedule="constant")
 
 
-def mean_of(frames): return {k: torch.stack([f[k] for f in frames]).mean(0) for k in frames[0]}
+def mean_of(frames):
+    return {k: torch.stack([f[k] for f in frames]).mean(0) for k in frames[0]}
 
 
 @settings(max_examples=80, deadline=None)
@@ -44,16 +65,27 @@ def test_snapshots_against_a_loop(steps, start, every):
     assert len(naive) == (steps - first) // every + 1
 
 
-@pytest.mark.parametrize("start, every", [(0., 1), (.5, 1), (.5, 4), (1., 1)])
+@pytest.mark.parametrize("start, every", [(0.0, 1), (0.5, 1), (0.5, 4), (1.0, 1)])
 def test_the_mean_is_that_of_the_snapshots_and_training_does_not_notice(start, every):
     film, other = Film(), Film()
     plain = go(net(), Recipe((constant(),), (film,)), images())
-    run = go(net(), Recipe((constant(),), (SWA(start, every), other)), images())  # no validation rows: the mean is what is left
+    run = go(
+        net(), Recipe((constant(),), (SWA(start, every), other)), images()
+    )  # no validation rows: the mean is what is left
     steps = len(film.frames)
-    assert all(same(a, b) for (_, a), (_, b) in zip(film.frames, other.frames)) and len(other.frames) == steps
-    expected = mean_of([film.frames[t - 1][1] for t in snapshot_steps(steps, start, every)])
-    for name, value in run.student.state_dict().items(): torch.testing.assert_close(value, expected[name], atol=1e-6, rtol=0)
-    if start == 1.: assert same(run.student.state_dict(), plain.student.state_dict())  # one snapshot, bit for bit
+    assert (
+        all(same(a, b) for (_, a), (_, b) in zip(film.frames, other.frames))
+        and len(other.frames) == steps
+    )
+    expected = mean_of(
+        [film.frames[t - 1][1] for t in snapshot_steps(steps, start, every)]
+    )
+    for name, value in run.student.state_dict().items():
+        torch.testing.assert_close(value, expected[name], atol=1e-6, rtol=0)
+    if start == 1.0:
+        assert same(
+            run.student.state_dict(), plain.student.state_dict()
+        )  # one snapshot, bit for bit
 
 
 def test_validation_sees_the_mean_and_only_means_are_kept():
@@ -63,7 +95,8 @@ def test_validation_sees_the_mean_and_only_means_are_kept():
     per_epoch, steps = len(film.frames) // 6, len(film.frames)
     taken = [t for t in snapshot_steps(steps) if t <= run.best["epoch"] * per_epoch]
     expected = mean_of([film.frames[t - 1][1] for t in taken])
-    for name, value in run.student.state_dict().items(): torch.testing.assert_close(value, expected[name], atol=1e-6, rtol=0)
+    for name, value in run.student.state_dict().items():
+        torch.testing.assert_close(value, expected[name], atol=1e-6, rtol=0)
 
 
 def test_only_its_own_stage_is_averaged():
@@ -74,7 +107,8 @@ def test_only_its_own_stage_is_averaged():
     run = go(net(), Recipe(recipe.stages, (*recipe.callbacks, film)), rows)
     last = [w for stage, w in film.frames if stage == 1]
     expected = mean_of([last[t - 1] for t in snapshot_steps(len(last))])
-    for name, value in run.student.state_dict().items(): torch.testing.assert_close(value, expected[name], atol=1e-6, rtol=0)
+    for name, value in run.student.state_dict().items():
+        torch.testing.assert_close(value, expected[name], atol=1e-6, rtol=0)
 
 
 def test_a_second_run_begins_anew():
@@ -85,13 +119,28 @@ def test_a_second_run_begins_anew():
 
 
 def swa_process(folder, kill):
-    callback = SWA(.25, 2)
-    run = go(net(), Recipe((constant(4),), (callback, Kill(kill or 10**6))), images(), images(40, 1), checkpoint=folder / "checkpoint")
-    torch.save(dict(weights=run.student.state_dict(), state=callback.state_dict(), best=json.dumps(run.best)), folder / "run.pt")
+    callback = SWA(0.25, 2)
+    run = go(
+        net(),
+        Recipe((constant(4),), (callback, Kill(kill or 10**6))),
+        images(),
+        images(40, 1),
+        checkpoint=folder / "checkpoint",
+    )
+    torch.save(
+        dict(
+            weights=run.student.state_dict(),
+            state=callback.state_dict(),
+            best=json.dumps(run.best),
+        ),
+        folder / "run.pt",
+    )
 
 
 def swa_killed(folder):
-    import accelerate, datasets  # noqa: F401
+    import accelerate  # noqa: F401
+    import datasets
+
     folder = Path(folder)
     for name, kills in (("whole", ()), ("killed", (7, 9))):
         (folder / name).mkdir()
@@ -102,10 +151,15 @@ def swa_killed(folder):
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 def test_a_killed_run_ends_on_the_same_mean(tmp_path):
     in_new_process("swa_killed", tmp_path, module="test_swa")
-    whole, killed = (torch.load(tmp_path / name / "run.pt", weights_only=True) for name in ("whole", "killed"))
+    whole, killed = (
+        torch.load(tmp_path / name / "run.pt", weights_only=True)
+        for name in ("whole", "killed")
+    )
     assert same(whole["weights"], killed["weights"]) and whole["best"] == killed["best"]
     assert whole["state"].pop("names") == killed["state"].pop("names")
-    assert same(whole["state"], killed["state"]) and int(whole["state"]["n_averaged"]) > 3
+    assert (
+        same(whole["state"], killed["state"]) and int(whole["state"]["n_averaged"]) > 3
+    )
 
 
 def test_the_mean_of_many_half_precision_weights_does_not_drift():
@@ -113,13 +167,16 @@ def test_the_mean_of_many_half_precision_weights_does_not_drift():
     model = torch.nn.Linear(1, 1, bias=False).bfloat16()
     mean = SWA()
     for i in range(1000):
-        with torch.no_grad(): model.weight.fill_(1. + (i % 2) / 8)
+        with torch.no_grad():
+            model.weight.fill_(1.0 + (i % 2) / 8)
         mean.add(model)
     assert abs(mean.state_dict()["module.0"].item() - 1.0625) < 1e-4
 
 
 def test_frozen_weights_and_buffers_stay_the_students_own():
-    model = torch.nn.Sequential(torch.nn.Linear(3, 3), torch.nn.BatchNorm1d(3), torch.nn.Linear(3, 2))
+    model = torch.nn.Sequential(
+        torch.nn.Linear(3, 3), torch.nn.BatchNorm1d(3), torch.nn.Linear(3, 2)
+    )
     model[0].requires_grad_(False)
     mean = SWA()
     mean.add(model)
@@ -128,19 +185,38 @@ def test_frozen_weights_and_buffers_stay_the_students_own():
 
 def test_an_earlier_stage_may_be_averaged_and_the_next_one_begins_from_its_mean():
     film = Film()
-    run = go(net(), Recipe((constant(4), constant(2)), (SWA(stage=0), film)), images(), images(40, 1))
+    run = go(
+        net(),
+        Recipe((constant(4), constant(2)), (SWA(stage=0), film)),
+        images(),
+        images(40, 1),
+    )
     assert len(run.history) == 6 and film.frames[-1][0] == 1
-    with pytest.raises(ValueError, match="the recipe has 1"): go(net(), Recipe((constant(),), (SWA(stage=1),)), images())
+    with pytest.raises(ValueError, match="the recipe has 1"):
+        go(net(), Recipe((constant(),), (SWA(stage=1),)), images())
 
 
 def test_tied_weights_stay_tied_after_a_run():
     from datasets import Dataset
+
     g = torch.Generator().manual_seed(0)
     text = torch.randint(0, 50, (24, 65), generator=g)
-    rows = Dataset.from_dict(dict(input_ids=text[:, :-1].tolist(), label=text[:, 1:].tolist()))
-    run = go(character_student(1, 32, seed=0), swa.recipe(epochs=2, batch_size=8), rows, rows)
-    assert run.student.get_input_embeddings().weight is run.student.get_output_embeddings().weight
+    rows = Dataset.from_dict(
+        dict(input_ids=text[:, :-1].tolist(), label=text[:, 1:].tolist())
+    )
+    run = go(
+        character_student(1, 32, seed=0), swa.recipe(epochs=2, batch_size=8), rows, rows
+    )
+    assert (
+        run.student.get_input_embeddings().weight
+        is run.student.get_output_embeddings().weight
+    )
     assert 0 <= run.best["score"] <= 1
     callback = SWA()
-    last = go(character_student(1, 32, seed=0), Recipe((constant(2),), (callback,)), rows)  # nothing to validate on
-    for name, value in callback.weights().items(): torch.testing.assert_close(last.student.get_parameter(name), value, atol=1e-6, rtol=0)
+    last = go(
+        character_student(1, 32, seed=0), Recipe((constant(2),), (callback,)), rows
+    )  # nothing to validate on
+    for name, value in callback.weights().items():
+        torch.testing.assert_close(
+            last.student.get_parameter(name), value, atol=1e-6, rtol=0
+        )

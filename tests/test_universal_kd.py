@@ -1,48 +1,81 @@
 """Universal-KD: heads on any model, attention, both losses, against loops and what must not matter."""
+
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import given, settings, strategies as st
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from test_annealing_kd import changed, images
 
-from kdbook.distillation import annotate, fingerprint, predict_logits, Rows
+from kdbook.distillation import Rows, annotate, fingerprint, predict_logits
 from kdbook.models import cnn_student, image_net, lstm_student
 from kdbook.training import CrossEntropy, Recipe, Stage, fit
-from kdbook.universal_kd import HiddenKD, PseudoClassifiers, UniversalKD, attend, cg_loss, il_loss, recipe, train_heads
-from test_annealing_kd import changed, images
+from kdbook.universal_kd import (
+    HiddenKD,
+    PseudoClassifiers,
+    UniversalKD,
+    attend,
+    cg_loss,
+    il_loss,
+    recipe,
+    train_heads,
+)
 
 FAST = settings(max_examples=60, deadline=None)
 EXAMPLE = {"pixel_values": torch.zeros(1, 16)}
-SIZES = st.tuples(st.integers(1, 4), st.integers(1, 3), st.integers(1, 5), st.integers(2, 5), st.integers(0, 10**6))
+SIZES = st.tuples(
+    st.integers(1, 4),
+    st.integers(1, 3),
+    st.integers(1, 5),
+    st.integers(2, 5),
+    st.integers(0, 10**6),
+)
 
 
 def answers(sizes):
     batch, mine, theirs, classes, seed = sizes
     g = torch.Generator().manual_seed(seed)
-    draw = lambda layers: 2 * torch.randn(batch, layers, classes, generator=g, dtype=torch.float64)
+    draw = lambda layers: (
+        2 * torch.randn(batch, layers, classes, generator=g, dtype=torch.float64)
+    )
     return draw(mine), draw(theirs)
 
 
-def net(hidden=(8, 8, 8), seed=0): return PseudoClassifiers(image_net(hidden, num_labels=4, pixels=16, seed=seed), example=EXAMPLE)
+def net(hidden=(8, 8, 8), seed=0):
+    return PseudoClassifiers(
+        image_net(hidden, num_labels=4, pixels=16, seed=seed), example=EXAMPLE
+    )
 
 
-def written(seed=3): return annotate(images(), train_heads(net((8, 8, 8, 8), seed), images(), progress=False), cache=False, progress=False)
+def written(seed=3):
+    return annotate(
+        images(),
+        train_heads(net((8, 8, 8, 8), seed), images(), progress=False),
+        cache=False,
+        progress=False,
+    )
 
 
-def kl(p, q): return (F.softmax(p, -1) * (F.log_softmax(p, -1) - F.log_softmax(q, -1))).sum(-1)
+def kl(p, q):
+    return (F.softmax(p, -1) * (F.log_softmax(p, -1) - F.log_softmax(q, -1))).sum(-1)
 
 
 @FAST
 @given(SIZES, st.booleans())
 def test_both_mixtures_against_a_loop(sizes, centre):
     s, t = answers(sizes)
-    by_logits = by_losses = 0.
+    by_logits = by_losses = 0.0
     for b in range(len(s)):
         for j in range(s.shape[1]):
             less = (lambda u: u - u.mean()) if centre else (lambda u: u)
-            scores = torch.stack([less(s[b, j]) @ less(t[b, i]) for i in range(t.shape[1])])
+            scores = torch.stack(
+                [less(s[b, j]) @ less(t[b, i]) for i in range(t.shape[1])]
+            )
             share = scores.softmax(0)
             by_logits += kl((share[:, None] * t[b]).sum(0), s[b, j]) / len(s)
-            by_losses += sum(share[i] * kl(t[b, i], s[b, j]) for i in range(t.shape[1])) / len(s)
+            by_losses += sum(
+                share[i] * kl(t[b, i], s[b, j]) for i in range(t.shape[1])
+            ) / len(s)
     torch.testing.assert_close(il_loss(s, t, centre=centre), by_logits)
     torch.testing.assert_close(il_loss(s, t, centre=centre, mix="losses"), by_losses)
 
@@ -52,12 +85,20 @@ def test_both_mixtures_against_a_loop(sizes, centre):
 def test_what_does_not_matter(sizes, shift):
     "The order of the teacher's layers; with centring, constants on either side; copies of the batch."
     s, t = answers(sizes)
-    order = torch.randperm(t.shape[1], generator=torch.Generator().manual_seed(sizes[-1]))
+    order = torch.randperm(
+        t.shape[1], generator=torch.Generator().manual_seed(sizes[-1])
+    )
     torch.testing.assert_close(il_loss(s, t[:, order]), il_loss(s, t))
-    torch.testing.assert_close(il_loss(s + shift, t, centre=True), il_loss(s, t, centre=True))
+    torch.testing.assert_close(
+        il_loss(s + shift, t, centre=True), il_loss(s, t, centre=True)
+    )
     moved = torch.cat([t[:, :1] + shift, t[:, 1:]], 1)
-    torch.testing.assert_close(attend(s, moved, centre=True)[0], attend(s, t, centre=True)[0])
-    torch.testing.assert_close(il_loss(torch.cat([s, s]), torch.cat([t, t])), il_loss(s, t))
+    torch.testing.assert_close(
+        attend(s, moved, centre=True)[0], attend(s, t, centre=True)[0]
+    )
+    torch.testing.assert_close(
+        il_loss(torch.cat([s, s]), torch.cat([t, t])), il_loss(s, t)
+    )
 
 
 @pytest.mark.parametrize("mix", ["logits", "losses"])
@@ -70,10 +111,25 @@ def test_gradients(mix, detach):
         assert torch.autograd.gradcheck(lambda s: il_loss(s, t, mix=mix), (s,))
         return
     share = attend(s.detach(), t)[0]
+
     def fixed(s):
-        if mix == "logits": return kl(share @ t, s).sum(1).mean()
-        return (share * torch.stack([kl(t[:, i:i + 1].expand_as(s), s) for i in range(3)], -1)).sum((1, 2)).mean()
-    ours, theirs = (torch.autograd.grad(f(s), s)[0] for f in (lambda s: il_loss(s, t, detach=True, mix=mix), fixed))
+        if mix == "logits":
+            return kl(share @ t, s).sum(1).mean()
+        return (
+            (
+                share
+                * torch.stack(
+                    [kl(t[:, i : i + 1].expand_as(s), s) for i in range(3)], -1
+                )
+            )
+            .sum((1, 2))
+            .mean()
+        )
+
+    ours, theirs = (
+        torch.autograd.grad(f(s), s)[0]
+        for f in (lambda s: il_loss(s, t, detach=True, mix=mix), fixed)
+    )
     torch.testing.assert_close(ours, theirs)
     assert not torch.allclose(ours, torch.autograd.grad(il_loss(s, t, mix=mix), s)[0])
 
@@ -88,29 +144,64 @@ def test_capacity_gap_is_one_more_student_layer():
 def test_hugging_face_models(kind, pool):
     "Heads read hidden states 1 to N - 1; padding changes nothing; the model's own output stays."
     import transformers as hf
-    config = {"bert": lambda: hf.BertConfig(vocab_size=50, hidden_size=16, num_hidden_layers=4, num_attention_heads=2, intermediate_size=32, num_labels=3),
-              "distilbert": lambda: hf.DistilBertConfig(vocab_size=50, dim=16, n_layers=4, n_heads=2, hidden_dim=32, num_labels=3),
-              "roberta": lambda: hf.RobertaConfig(vocab_size=50, hidden_size=16, num_hidden_layers=4, num_attention_heads=2, intermediate_size=32, num_labels=3)}[kind]()
+
+    config = {
+        "bert": lambda: hf.BertConfig(
+            vocab_size=50,
+            hidden_size=16,
+            num_hidden_layers=4,
+            num_attention_heads=2,
+            intermediate_size=32,
+            num_labels=3,
+        ),
+        "distilbert": lambda: hf.DistilBertConfig(
+            vocab_size=50, dim=16, n_layers=4, n_heads=2, hidden_dim=32, num_labels=3
+        ),
+        "roberta": lambda: hf.RobertaConfig(
+            vocab_size=50,
+            hidden_size=16,
+            num_hidden_layers=4,
+            num_attention_heads=2,
+            intermediate_size=32,
+            num_labels=3,
+        ),
+    }[kind]()
     model = hf.AutoModelForSequenceClassification.from_config(config).eval()
     heads = PseudoClassifiers(model, pool=pool)
     assert heads.layers == (1, 2, 3) and not model.training
-    ids, mask = torch.randint(5, 50, (2, 6), generator=torch.Generator().manual_seed(0)), torch.ones(2, 6, dtype=torch.long)
+    ids, mask = (
+        torch.randint(5, 50, (2, 6), generator=torch.Generator().manual_seed(0)),
+        torch.ones(2, 6, dtype=torch.long),
+    )
     out = heads(input_ids=ids, attention_mask=mask)
     states = model(input_ids=ids, attention_mask=mask, output_hidden_states=True)
     torch.testing.assert_close(out.logits, states.logits)
-    wanted = states.hidden_states[2][:, 0] if pool == "first" else states.hidden_states[2].mean(1)
+    wanted = (
+        states.hidden_states[2][:, 0]
+        if pool == "first"
+        else states.hidden_states[2].mean(1)
+    )
     torch.testing.assert_close(out.pooled[1], wanted)
-    longer = heads(input_ids=F.pad(ids, (0, 3), value=1), attention_mask=F.pad(mask, (0, 3)))
-    torch.testing.assert_close(longer.pseudo_logits, out.pseudo_logits, atol=1e-5, rtol=1e-4)
+    longer = heads(
+        input_ids=F.pad(ids, (0, 3), value=1), attention_mask=F.pad(mask, (0, 3))
+    )
+    torch.testing.assert_close(
+        longer.pseudo_logits, out.pseudo_logits, atol=1e-5, rtol=1e-4
+    )
 
 
-@pytest.mark.parametrize("make", [lambda: lstm_student(hidden=16, layers=3), lambda: cnn_student(filters=8)])
+@pytest.mark.parametrize(
+    "make", [lambda: lstm_student(hidden=16, layers=3), lambda: cnn_student(filters=8)]
+)
 def test_text_students_learn_from_a_teacher_of_another_kind(make):
     "Every weight but the embeddings moves under the intermediate-layer loss; no projection is anywhere."
     from kdbook.data import load_task
+
     rows = annotate(load_task("movies")["train"].select(range(40)), "minilm-movies")
     student = PseudoClassifiers(make())
-    trained = fit(student, Recipe((Stage(UniversalKD("il"), 1, 1e-2, 20),)), rows, progress=False).student
+    trained = fit(
+        student, Recipe((Stage(UniversalKD("il"), 1, 1e-2, 20),)), rows, progress=False
+    ).student
     assert {h.out_features for h in trained.heads} == {2}
     for (name, before), after in zip(student.named_parameters(), trained.parameters()):
         assert torch.equal(before, after) != before.requires_grad, name
@@ -118,20 +209,45 @@ def test_text_students_learn_from_a_teacher_of_another_kind(make):
 
 def test_same_seed_same_heads_and_the_generator_stands_still():
     state = torch.get_rng_state()
-    a, b, c = net(), net(), PseudoClassifiers(image_net((8, 8, 8), num_labels=4, pixels=16), example=EXAMPLE, seed=1)
+    a, b, c = (
+        net(),
+        net(),
+        PseudoClassifiers(
+            image_net((8, 8, 8), num_labels=4, pixels=16), example=EXAMPLE, seed=1
+        ),
+    )
     assert torch.equal(torch.get_rng_state(), state)
-    assert torch.equal(a.heads[0].weight, b.heads[0].weight) and not torch.equal(a.heads[0].weight, c.heads[0].weight)
+    assert torch.equal(a.heads[0].weight, b.heads[0].weight) and not torch.equal(
+        a.heads[0].weight, c.heads[0].weight
+    )
 
 
 def test_heads_for_regression_are_ridge_regression():
     "Least squares with a penalty has a closed form."
     data = images()
     data = changed(data, "label", [float(x[0] + x[1]) for x in data["pixel_values"]])
-    heads = train_heads(PseudoClassifiers(image_net(8, num_labels=1, pixels=16), layers=(0,), example=EXAMPLE), data, penalty=0.2, progress=False)
-    x, y = torch.tensor(data["pixel_values"], dtype=torch.float64), torch.tensor(data["label"], dtype=torch.float64)
+    heads = train_heads(
+        PseudoClassifiers(
+            image_net(8, num_labels=1, pixels=16), layers=(0,), example=EXAMPLE
+        ),
+        data,
+        penalty=0.2,
+        progress=False,
+    )
+    x, y = (
+        torch.tensor(data["pixel_values"], dtype=torch.float64),
+        torch.tensor(data["label"], dtype=torch.float64),
+    )
     z = (x - x.mean(0)) / x.std(0)
-    w = torch.linalg.solve(z.T @ z / len(z) + 0.1 * torch.eye(16), z.T @ (y - y.mean()) / len(z))
-    torch.testing.assert_close(heads(pixel_values=x.float()).pseudo_logits.flatten().double(), z @ w + y.mean(), atol=1e-3, rtol=1e-3)
+    w = torch.linalg.solve(
+        z.T @ z / len(z) + 0.1 * torch.eye(16), z.T @ (y - y.mean()) / len(z)
+    )
+    torch.testing.assert_close(
+        heads(pixel_values=x.float()).pseudo_logits.flatten().double(),
+        z @ w + y.mean(),
+        atol=1e-3,
+        rtol=1e-3,
+    )
 
 
 def test_unlabelled_rows_do_not_teach_heads():
@@ -139,16 +255,33 @@ def test_unlabelled_rows_do_not_teach_heads():
     labels = [y if i % 2 else -100 for i, y in enumerate(data["label"])]
     half = train_heads(net(), data.select(range(1, 48, 2)), progress=False)
     both = train_heads(net(), changed(data, "label", labels), progress=False)
-    torch.testing.assert_close(half.heads[1].weight, both.heads[1].weight, atol=1e-4, rtol=1e-3)
-    with pytest.raises(ValueError, match="all 48 labels are -100"): train_heads(net(), changed(data, "label", [-100] * 48))
+    torch.testing.assert_close(
+        half.heads[1].weight, both.heads[1].weight, atol=1e-4, rtol=1e-3
+    )
+    with pytest.raises(ValueError, match="all 48 labels are -100"):
+        train_heads(net(), changed(data, "label", [-100] * 48))
 
 
 def test_the_cache_knows_which_heads_wrote():
     rows = Rows(images())
     plain = fingerprint(net(), rows, 64)
-    other = PseudoClassifiers(image_net((8, 8, 8), num_labels=4, pixels=16), layers=(2, 1), example=EXAMPLE)
-    pooled = PseudoClassifiers(image_net((8, 8, 8), num_labels=4, pixels=16), pool="mean", example=EXAMPLE)
-    assert len({plain, fingerprint(net(seed=1), rows, 64), fingerprint(other, rows, 64), fingerprint(pooled, rows, 64)}) == 4
+    other = PseudoClassifiers(
+        image_net((8, 8, 8), num_labels=4, pixels=16), layers=(2, 1), example=EXAMPLE
+    )
+    pooled = PseudoClassifiers(
+        image_net((8, 8, 8), num_labels=4, pixels=16), pool="mean", example=EXAMPLE
+    )
+    assert (
+        len(
+            {
+                plain,
+                fingerprint(net(seed=1), rows, 64),
+                fingerprint(other, rows, 64),
+                fingerprint(pooled, rows, 64),
+            }
+        )
+        == 4
+    )
 
 
 def test_annotate_twice_reads_the_cache(tmp_path, monkeypatch):
@@ -157,35 +290,68 @@ def test_annotate_twice_reads_the_cache(tmp_path, monkeypatch):
     first = annotate(images(), teacher, progress=False)
     monkeypatch.setattr(PseudoClassifiers, "forward", None)
     again = annotate(images(), teacher, progress=False)
-    assert first["teacher_pseudo_logits"] == again["teacher_pseudo_logits"] and len(first["teacher_pseudo_logits"][0]) == 2
+    assert (
+        first["teacher_pseudo_logits"] == again["teacher_pseudo_logits"]
+        and len(first["teacher_pseudo_logits"][0]) == 2
+    )
 
 
 def test_the_record_knows_the_layers():
     "Later layers are better, on sentences that nobody was trained on."
     from kdbook.data import load_task
+
     test = annotate(load_task("movies")["test"], "minilm-movies")
-    right = (torch.tensor(test["teacher_pseudo_logits"]).argmax(-1) == torch.tensor(test["label"])[:, None]).float().mean(0)
-    assert right.shape == (5,) and (right[1:] > right[:-1]).all() and right[0] > .7
+    right = (
+        (
+            torch.tensor(test["teacher_pseudo_logits"]).argmax(-1)
+            == torch.tensor(test["label"])[:, None]
+        )
+        .float()
+        .mean(0)
+    )
+    assert right.shape == (5,) and (right[1:] > right[:-1]).all() and right[0] > 0.7
 
 
 def test_two_stages_and_what_is_kept():
-    run = fit(net((8, 8), 1), recipe(epochs=(2, 1), batch_size=16), written(), images(seed=2), progress=False)
+    run = fit(
+        net((8, 8), 1),
+        recipe(epochs=(2, 1), batch_size=16),
+        written(),
+        images(seed=2),
+        progress=False,
+    )
     assert [s["name"] for s in run.history] == ["layers", "layers", "labels"]
     out = predict_logits(run.student, images(), progress=False)
-    torch.testing.assert_close(predict_logits(run.student.model, images(), progress=False), out)
+    torch.testing.assert_close(
+        predict_logits(run.student.model, images(), progress=False), out
+    )
 
 
 def test_mismatches_are_named():
     rows = written()
-    odd = changed(rows, "teacher_pseudo_logits", [[[0., 1.]] for _ in range(48)])
+    odd = changed(rows, "teacher_pseudo_logits", [[[0.0, 1.0]] for _ in range(48)])
     for student, objective, data, words in (
-            (net((8, 8)), UniversalKD(), odd, "have 2 classes, teacher_logits 4"),
-            (net((8, 8)).model, UniversalKD("il"), rows, r"PseudoClassifiers\(student\)"),
-            (net((8, 8)), HiddenKD(), changed(rows, "teacher_pseudo_logits", [0] * 48), "teacher_hidden")):
-        with pytest.raises(ValueError, match=words): fit(student, Recipe((Stage(objective, 1),)), data, progress=False)
-    for how in (dict(setting="layers"), dict(mix="max"), dict(logit_weight=-1.), dict(temperature=0.)):
-        with pytest.raises(ValueError, match=next(iter(how))): UniversalKD(**how)
-    with pytest.raises(ValueError, match="one batch"): attend(torch.zeros(2, 3), torch.zeros(2, 3, 4))
+        (net((8, 8)), UniversalKD(), odd, "have 2 classes, teacher_logits 4"),
+        (net((8, 8)).model, UniversalKD("il"), rows, r"PseudoClassifiers\(student\)"),
+        (
+            net((8, 8)),
+            HiddenKD(),
+            changed(rows, "teacher_pseudo_logits", [0] * 48),
+            "teacher_hidden",
+        ),
+    ):
+        with pytest.raises(ValueError, match=words):
+            fit(student, Recipe((Stage(objective, 1),)), data, progress=False)
+    for how in (
+        dict(setting="layers"),
+        dict(mix="max"),
+        dict(logit_weight=-1.0),
+        dict(temperature=0.0),
+    ):
+        with pytest.raises(ValueError, match=next(iter(how))):
+            UniversalKD(**how)
+    with pytest.raises(ValueError, match="one batch"):
+        attend(torch.zeros(2, 3), torch.zeros(2, 3, 4))
 
 
 def test_a_wrapped_student_trains_by_any_recipe():
@@ -193,5 +359,10 @@ def test_a_wrapped_student_trains_by_any_recipe():
     recipe_ = Recipe((Stage(CrossEntropy(), 2, 5e-3, 16),))
     bare = image_net((8, 8), num_labels=4, pixels=16)
     plain = fit(bare, recipe_, images(), progress=False).student
-    wrapped = fit(PseudoClassifiers(bare, example=EXAMPLE), recipe_, images(), progress=False).student.model
-    assert all(torch.equal(a, b) for a, b in zip(plain.state_dict().values(), wrapped.state_dict().values()))
+    wrapped = fit(
+        PseudoClassifiers(bare, example=EXAMPLE), recipe_, images(), progress=False
+    ).student.model
+    assert all(
+        torch.equal(a, b)
+        for a, b in zip(plain.state_dict().values(), wrapped.state_dict().values())
+    )

@@ -1,21 +1,30 @@
 """Changing sentences: whatever the text, the pieces fit together, and an edit does what it says."""
+
 import random
 from collections import Counter
 
 import pytest
 import torch
-from hypothesis import given, settings, strategies as st
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tiny_text import TOKENIZER, generator, rows
 
 from kdbook import words as w
 from kdbook.data import load_task
 from kdbook.training import Progress
-from tiny_text import TOKENIZER, generator, rows
 
 ANY = st.text(st.characters(exclude_categories=["Cs"]), max_size=80)
-SENTENCE = st.lists(st.sampled_from(["good", "film", "A", "it's", "well-made", "slow", "42", "wonderful", "Boring"]), min_size=1, max_size=12).map(" ".join)
+SENTENCE = st.lists(
+    st.sampled_from(
+        ["good", "film", "A", "it's", "well-made", "slow", "42", "wonderful", "Boring"]
+    ),
+    min_size=1,
+    max_size=12,
+).map(" ".join)
 
 
-def words_of(text): return [p for p in w.pieces_of(text) if p[0].isalpha()]
+def words_of(text):
+    return [p for p in w.pieces_of(text) if p[0].isalpha()]
 
 
 @settings(max_examples=300, deadline=None)
@@ -27,31 +36,39 @@ def test_pieces_are_the_text(text):
 
 
 @settings(max_examples=150, deadline=None)
-@given(SENTENCE, st.integers(0, 99), st.floats(.05, 1))
+@given(SENTENCE, st.integers(0, 99), st.floats(0.05, 1))
 def test_deleting_takes_words_and_nothing_else(text, seed, share):
     left = Counter(words_of(w.delete_words([text], random.Random(seed), share)[0]))
     before = Counter(words_of(text))
     assert not left - before
     gone = sum((before - left).values())
-    if sum(before.values()) < 2: assert gone == 0
-    else: assert 1 <= gone < sum(before.values()) and gone <= max(1, round(share * sum(before.values())))
+    if sum(before.values()) < 2:
+        assert gone == 0
+    else:
+        assert 1 <= gone < sum(before.values()) and gone <= max(
+            1, round(share * sum(before.values()))
+        )
 
 
 @settings(max_examples=150, deadline=None)
 @given(SENTENCE, st.integers(0, 99))
 def test_swapping_keeps_every_piece(text, seed):
-    assert Counter(w.pieces_of(w.swap_words([text], random.Random(seed))[0])) == Counter(w.pieces_of(text))
+    assert Counter(
+        w.pieces_of(w.swap_words([text], random.Random(seed))[0])
+    ) == Counter(w.pieces_of(text))
 
 
 @settings(max_examples=60, deadline=None)
-@given(SENTENCE, st.integers(0, 99), st.sampled_from([.15, .5, 1.]))
+@given(SENTENCE, st.integers(0, 99), st.sampled_from([0.15, 0.5, 1.0]))
 def test_replacing_uses_allowed_neighbours_only(text, seed, share):
     new = w.pieces_of(w.replace_words([text], random.Random(seed), share)[0])
     old = w.pieces_of(text)
     assert len(new) == len(old)
     for a, b in zip(old, new):
         if a != b:
-            assert w.same_kind(a, b) and b.lower() in [word for word, _ in w.nearest_words()(a, 10)]
+            assert w.same_kind(a, b) and b.lower() in [
+                word for word, _ in w.nearest_words()(a, 10)
+            ]
             assert b[0].isupper() == a[0].isupper()
 
 
@@ -59,7 +76,14 @@ def test_neighbours_against_a_plain_search():
     near = w.nearest_words()
     for word in random.Random(0).sample(near.words, 20):
         scores = near.table @ near.table[near.place[word]]
-        naive = sorted(((s, v) for v, s in zip(near.words, scores.tolist()) if v != word and s >= near.least), reverse=True)[:5]
+        naive = sorted(
+            (
+                (s, v)
+                for v, s in zip(near.words, scores.tolist())
+                if v != word and s >= near.least
+            ),
+            reverse=True,
+        )[:5]
         assert [v for v, _ in near(word, 5)] == [v for _, v in naive]
         assert near(word.upper(), 5) == near(word, 5)
 
@@ -69,17 +93,25 @@ def test_neighbours_against_a_plain_search():
 def test_leanings_sum_to_zero_and_refuse_symmetrically(said):
     said = [*said, ("film", 0), ("film", 1), ("film", 2)]
     leaning = w.Leaning(*zip(*said))
-    for word in ("good", "film", "nowhere"): assert leaning.of(word).sum().abs() < 1e-5
-    for a, b in (("good", "film"), ("wonderful", "film"), ("slow", "film")): assert leaning(a, b) == leaning(b, a)
+    for word in ("good", "film", "nowhere"):
+        assert leaning.of(word).sum().abs() < 1e-5
+    for a, b in (("good", "film"), ("wonderful", "film"), ("slow", "film")):
+        assert leaning(a, b) == leaning(b, a)
 
 
 def test_a_leaning_without_a_row_of_a_class_is_no_nan():
     leaning = w.Leaning(["good", "fine"], [2, 0])
-    assert leaning.classes == 3 and not any(v.isnan().any() for v in leaning.by_word.values())
+    assert leaning.classes == 3 and not any(
+        v.isnan().any() for v in leaning.by_word.values()
+    )
 
 
 def test_two_leanings_have_two_names_and_one_has_one():
-    a, b, again = w.Leaning(["good", "bad"], [1, 0]), w.Leaning(["good", "bad"], [0, 1]), w.Leaning(["good", "bad"], [1, 0])
+    a, b, again = (
+        w.Leaning(["good", "bad"], [1, 0]),
+        w.Leaning(["good", "bad"], [0, 1]),
+        w.Leaning(["good", "bad"], [1, 0]),
+    )
     assert repr(a) == repr(again) != repr(b) and " at 0x" not in repr(a)
 
 
@@ -87,20 +119,32 @@ def test_two_leanings_have_two_names_and_one_has_one():
 @given(st.floats(0, 1), st.integers(0, 1000))
 def test_special_tokens_are_never_covered(rate, seed):
     from kdbook.distillation import Rows
+
     batch = Rows(rows(12, seed)).batch(list(range(12)))
     torch.manual_seed(seed)
-    covered, where = w.mask_tokens(batch["input_ids"], batch["attention_mask"], TOKENIZER, rate)
+    covered, where = w.mask_tokens(
+        batch["input_ids"], batch["attention_mask"], TOKENIZER, rate
+    )
     special = torch.isin(batch["input_ids"], torch.tensor(TOKENIZER.all_special_ids))
-    assert not (where & special).any() and (covered[where] == 3).all() and torch.equal(covered[~where], batch["input_ids"][~where])
+    assert (
+        not (where & special).any()
+        and (covered[where] == 3).all()
+        and torch.equal(covered[~where], batch["input_ids"][~where])
+    )
 
 
 def test_a_smaller_vocabulary_gives_columns_of_the_whole():
     from kdbook.distillation import Rows
+
     some, batch = torch.tensor([4, 7, 31]), Rows(rows(6)).batch(list(range(6)))
     whole, few = generator(), generator(vocabulary=torch.tensor([4, 7, 31]))
     where = batch["input_ids"] > 3
-    with torch.no_grad(): torch.testing.assert_close(few(batch["input_ids"], batch["attention_mask"], where), whole(batch["input_ids"], batch["attention_mask"], where)[:, some])
-    loss = w.MaskedLM(1.)(few, batch, Progress()).total
+    with torch.no_grad():
+        torch.testing.assert_close(
+            few(batch["input_ids"], batch["attention_mask"], where),
+            whole(batch["input_ids"], batch["attention_mask"], where)[:, some],
+        )
+    loss = w.MaskedLM(1.0)(few, batch, Progress()).total
     loss.backward()
     assert few.model.get_input_embeddings().weight.grad is None and torch.isfinite(loss)
 
@@ -108,23 +152,45 @@ def test_a_smaller_vocabulary_gives_columns_of_the_whole():
 def test_other_output_layers_work_too():
     "A masked language model that is no BERT: its whole output, at the holes."
     import transformers
-    config = transformers.DistilBertConfig(vocab_size=40, dim=16, n_layers=1, n_heads=2, hidden_dim=32, max_position_embeddings=16)
+
+    config = transformers.DistilBertConfig(
+        vocab_size=40,
+        dim=16,
+        n_layers=1,
+        n_heads=2,
+        hidden_dim=32,
+        max_position_embeddings=16,
+    )
     torch.manual_seed(0)
-    model, ids = w.MaskedGenerator(transformers.DistilBertForMaskedLM(config), TOKENIZER).eval(), torch.randint(4, 40, (3, 8))
-    where = torch.rand(3, 8) < .5
-    with torch.no_grad(): torch.testing.assert_close(model(ids, torch.ones_like(ids), where), model.model(ids).logits[where])
+    model, ids = (
+        w.MaskedGenerator(transformers.DistilBertForMaskedLM(config), TOKENIZER).eval(),
+        torch.randint(4, 40, (3, 8)),
+    )
+    where = torch.rand(3, 8) < 0.5
+    with torch.no_grad():
+        torch.testing.assert_close(
+            model(ids, torch.ones_like(ids), where), model.model(ids).logits[where]
+        )
 
 
 def test_filling_is_asked_for_only_what_it_can_do():
-    with pytest.raises(ValueError, match="generator"): w.fill_words(["a good film"], random.Random(0))
-    with pytest.raises(ValueError, match="share"): w.delete_words(["a good film"], random.Random(0), share=1.5)
+    with pytest.raises(ValueError, match="generator"):
+        w.fill_words(["a good film"], random.Random(0))
+    with pytest.raises(ValueError, match="share"):
+        w.delete_words(["a good film"], random.Random(0), share=1.5)
 
 
 def test_filling_keeps_what_is_beyond_the_longest_text():
-    warm = w.warm_up(w.masked_generator(), load_task("movies")["train"].select(range(64)), progress=False)
+    warm = w.warm_up(
+        w.masked_generator(),
+        load_task("movies")["train"].select(range(64)),
+        progress=False,
+    )
     long = " ".join(["film"] * 120)
     filled = w.fill_words([long, "Dull."], random.Random(0), warm)
-    assert len(w.pieces_of(filled[0])) == len(w.pieces_of(long)) and filled[1] == "Dull."
+    assert (
+        len(w.pieces_of(filled[0])) == len(w.pieces_of(long)) and filled[1] == "Dull."
+    )
 
 
 def test_a_warm_up_is_read_back_from_the_cache(monkeypatch):
@@ -132,14 +198,23 @@ def test_a_warm_up_is_read_back_from_the_cache(monkeypatch):
     first = w.warm_up(w.masked_generator(), data, progress=False)
     monkeypatch.setattr(w, "fit", lambda *a, **k: pytest.fail("trained again"))
     again = w.warm_up(w.masked_generator(), data, progress=False)
-    assert all(torch.equal(a, b) for a, b in zip(first.state_dict().values(), again.state_dict().values()))
+    assert all(
+        torch.equal(a, b)
+        for a, b in zip(first.state_dict().values(), again.state_dict().values())
+    )
     assert len(first.vocabulary) < 2000
 
 
 def test_a_warm_up_that_cannot_be_kept_is_still_given(monkeypatch):
     data = load_task("movies")["train"].select(range(64))
-    def full(*args): raise OSError("no space left")
+
+    def full(*args):
+        raise OSError("no space left")
+
     monkeypatch.setattr(w, "save_tensors", full)
-    monkeypatch.setattr(w, "fit", lambda model, *args, **how: type("Run", (), {"student": model}))
-    with pytest.warns(UserWarning, match="no space left"): warm = w.warm_up(w.masked_generator(), data, seed=77, progress=False)
+    monkeypatch.setattr(
+        w, "fit", lambda model, *args, **how: type("Run", (), {"student": model})
+    )
+    with pytest.warns(UserWarning, match="no space left"):
+        warm = w.warm_up(w.masked_generator(), data, seed=77, progress=False)
     assert isinstance(warm, w.MaskedGenerator) and not warm.training
