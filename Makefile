@@ -35,11 +35,11 @@ book: $(READY) ## fetch the data, run the Annealing-KD chapter, print its ladder
 	@echo "== the default data and backbone, fetched once and verified (87 MB, half a minute)"
 	$(PY) -m kdbook fetch
 	@echo "== the chapter annealing_kd, run from clean into _run/ (about 3 minutes)"
-	$(PY) tests/run_chapter.py annealing_kd
+	$(PY) tools/run_chapter.py annealing_kd
 	@echo "== its ladder of results, from the records in results/"
 	$(PY) -m kdbook table annealing_kd
 	@echo "== the site, into _docs/ (half a minute)"
-	$(PY) tests/build_site.py
+	$(PY) tools/build_site.py
 	@echo
 	@echo "Done. To read the site:       $(PY) -m http.server -d _docs 8000    then open http://localhost:8000"
 	@echo "To run and change chapters:   make lab"
@@ -51,11 +51,11 @@ lab: $(READY) ## open the chapters in JupyterLab
 	$(PY) -m jupyterlab nbs/index.ipynb
 
 site: $(READY) ## build the site into _docs/ (half a minute)
-	$(PY) tests/build_site.py
+	$(PY) tools/build_site.py
 
 refresh: $(READY) ## export the package, then re-run the chapters whose stored outputs are stale (minutes per chapter)
 	$(PY) -c "from nbdev.doclinks import nbdev_export; nbdev_export()"
-	$(PY) tests/refresh.py $(ARGS)
+	$(PY) tools/refresh.py $(ARGS)
 
 ladder: $(READY) ## run what is missing of METHOD's benchmark records (hours for a whole ladder; it can be stopped and resumed)
 	$(PY) -m kdbook ladder $(METHOD) --seeds $(SEEDS) $(ARGS)

@@ -8,54 +8,110 @@ __all__ = ['arguments', 'main', 'print_ladder']
 # %% ../nbs/command_line.ipynb #5dc3748d
 import sys
 from typing import Iterable
-from .benchmark import ladder_table, recorded, run_ladder, train_teacher, write_teacher_record
-from .methods import LADDERS, METHODS, SETTINGS, setting_of, settings_for
-from .data import fetch
-from .studies import STUDIES, run_study
+
 import kdbook.compression  # adds its studies
+from kdbook.benchmark import (
+    ladder_table,
+    recorded,
+    run_ladder,
+    train_teacher,
+    write_teacher_record,
+)
+from .data import fetch
+from .methods import LADDERS, METHODS, SETTINGS, setting_of, settings_for
+from .studies import STUDIES, run_study
 
 # %% ../nbs/command_line.ipynb #327bd559
-def arguments()->"argparse.ArgumentParser":
+def arguments() -> "argparse.ArgumentParser":
     "The command line."
     import argparse
-    parser = argparse.ArgumentParser("python -m kdbook", description="kdbook: data, the book's teacher, and the records behind its tables.")
+
+    parser = argparse.ArgumentParser(
+        "python -m kdbook",
+        description="kdbook: data, the book's teacher, and the records behind its tables.",
+    )
     commands = parser.add_subparsers(dest="command", required=True)
-    commands.add_parser("fetch", help="get the default data and backbone into the cache, and verify them (about 90 MB)")
-    teacher = commands.add_parser("teacher", help="train the book's teacher and store what it writes (about 15 minutes on two cores)")
-    teacher.add_argument("--keep-record", action="store_true", help="leave the weights in the cache, and the stored record as it is")
-    study = commands.add_parser("study", help="run the missing parts of a study; resumable")
+    commands.add_parser(
+        "fetch",
+        help="get the default data and backbone into the cache, and verify them (about 90 MB)",
+    )
+    teacher = commands.add_parser(
+        "teacher",
+        help="train the book's teacher and store what it writes (about 15 minutes on two cores)",
+    )
+    teacher.add_argument(
+        "--keep-record",
+        action="store_true",
+        help="leave the weights in the cache, and the stored record as it is",
+    )
+    study = commands.add_parser(
+        "study", help="run the missing parts of a study; resumable"
+    )
     study.add_argument("study", choices=sorted(STUDIES), help="which question")
-    run = commands.add_parser("ladder", help="run the missing records of a method and its baselines; resumable")
-    table = commands.add_parser("table", help="print a method's ladder from its records")
+    run = commands.add_parser(
+        "ladder",
+        help="run the missing records of a method and its baselines; resumable",
+    )
+    table = commands.add_parser(
+        "table", help="print a method's ladder from its records"
+    )
     for command in (run, table):
-        command.add_argument("method", choices=sorted({*METHODS, *LADDERS}), metavar="method", help="the top rung: " + ", ".join(LADDERS) + ", or any other method of the benchmark")
-        command.add_argument("--setting", action="append", choices=sorted(SETTINGS), help="may be repeated; default: all that fit")
+        command.add_argument(
+            "method",
+            choices=sorted({*METHODS, *LADDERS}),
+            metavar="method",
+            help="the top rung: "
+            + ", ".join(LADDERS)
+            + ", or any other method of the benchmark",
+        )
+        command.add_argument(
+            "--setting",
+            action="append",
+            choices=sorted(SETTINGS),
+            help="may be repeated; default: all that fit",
+        )
     for command in (run, study):
-        command.add_argument("--seeds", type=int, default=5, help="reported seeds (default 5)")
-        command.add_argument("--jobs", type=int, default=1, help="runs at once, one thread each (default 1)")
+        command.add_argument(
+            "--seeds", type=int, default=5, help="reported seeds (default 5)"
+        )
+        command.add_argument(
+            "--jobs",
+            type=int,
+            default=1,
+            help="runs at once, one thread each (default 1)",
+        )
     return parser
 
 # %% ../nbs/command_line.ipynb #77ad8b11
-def main(argv:list[str]|None=None)->int: # exit code
+def main(argv: list[str] | None = None) -> int:  # exit code
     "Entry point of `python -m kdbook`."
     args = arguments().parse_args(argv)
     if args.command == "fetch":
-        for name in ("movies", "minilm"): print(f"{name}: {fetch(name)}")
+        for name in ("movies", "minilm"):
+            print(f"{name}: {fetch(name)}")
     elif args.command == "teacher":
         trained = train_teacher()
         print(trained[1].folder if args.keep_record else write_teacher_record(*trained))
-    elif args.command == "study": run_study(args.study, args.seeds, args.jobs)
-    elif args.command == "ladder": run_ladder(args.method, args.setting, args.seeds, args.jobs)
-    else: print_ladder(args.method, args.setting or settings_for(args.method))
+    elif args.command == "study":
+        run_study(args.study, args.seeds, args.jobs)
+    elif args.command == "ladder":
+        run_ladder(args.method, args.setting, args.seeds, args.jobs)
+    else:
+        print_ladder(args.method, args.setting or settings_for(args.method))
     return 0
 
 # %% ../nbs/command_line.ipynb #ea94f415
-def print_ladder(method:str, settings:Iterable[str])->None:
+def print_ladder(method: str, settings: Iterable[str]) -> None:
     "Print the tables of a method's ladder."
     there = recorded(method, among=SETTINGS)
     for name in settings:
-        table = ladder_table(name, method).to_string() if name in there else f"no records of 3 seeds yet: python -m kdbook ladder {method} --setting {name}"
+        table = (
+            ladder_table(name, method).to_string()
+            if name in there
+            else f"no records of 3 seeds yet: python -m kdbook ladder {method} --setting {name}"
+        )
         print(f"{setting_of(name).title}\n\n{table}\n")
 
 # %% ../nbs/command_line.ipynb #a2c14fad
-if __name__ == "__main__" and __package__ == "kdbook": sys.exit(main())
+if __name__ == "__main__" and __package__ == "kdbook":
+    sys.exit(main())

@@ -9,462 +9,907 @@ __all__ = ['DIGITS_TRAIL', 'training_rows', 'digits_teacher', 'shifts', 'charact
            'Rung', 'ladder', 'ladder_table', 'ladder_plot', 'train_teacher', 'write_teacher_record']
 
 # %% ../nbs/benchmark.ipynb #a60e5478
-import base64, hashlib, json, os, platform, subprocess, tempfile, time, zlib
+import base64
+import hashlib
+import json
+import os
+import platform
+import subprocess
+import tempfile
+import time
+import zlib
 from dataclasses import asdict, dataclass
 from functools import lru_cache
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Callable, Iterable
+
 import numpy as np
 import torch
 from torch import Tensor, nn
+
 import kdbook
-from .distillation import annotate, predict_logits, results_dir, save_tensors, text_crc, whole_file, with_column
+from .distillation import annotate
+from kdbook.evaluation import (
+    Difference,
+    accuracy,
+    agreement,
+    ece,
+    nll,
+    paired_difference,
+)
+from .files import results_dir, save_tensors, text_crc, whole_file
 from .glitter import annotate_pool, make_pool
-from .evaluation import Difference, accuracy, agreement, ece, nll, paired_difference
-from .methods import METHODS, SEARCH_SEEDS, SETTINGS, SMALL, TRAIL, NoisySetting, Setting, rungs_of, setting_of, settings_for
+from kdbook.methods import (
+    METHODS,
+    SEARCH_SEEDS,
+    SETTINGS,
+    SMALL,
+    TRAIL,
+    NoisySetting,
+    Setting,
+    rungs_of,
+    setting_of,
+    settings_for,
+)
 from .noisy_label_kd import corrupt, human_label, out_of_fold
 from .progressive_kd import Trail, annotate_trail
+from .rows import predict_logits, with_column
 from .training import CrossEntropy, Recipe, Run, Stage, describe, fit
 from .universal_kd import PseudoClassifiers, train_heads
 from .words import SentenceVectors
 
 # %% ../nbs/benchmark.ipynb #60c520f7
 def training_rows(
-    train:"datasets.Dataset", # annotated
-    setting:Setting, # says how many rows and labels
-    seed:int, # decides which
-)->"datasets.Dataset": # `setting.rows` rows, `setting.labelled` of them with a label
+    train: "datasets.Dataset",  # annotated
+    setting: Setting,  # says how many rows and labels
+    seed: int,  # decides which
+) -> "datasets.Dataset":  # `setting.rows` rows, `setting.labelled` of them with a label
     "The rows of one run: every method sees the same ones for the same seed."
     from kdbook.data import hide_labels
-    order = np.random.default_rng(seed).permutation(len(train))[:setting.rows]
+
+    order = np.random.default_rng(seed).permutation(len(train))[: setting.rows]
     rows = train.select(sorted(order.tolist()))
-    return rows if setting.labelled == setting.rows else hide_labels(rows, keep=setting.labelled, seed=seed)
+    return (
+        rows
+        if setting.labelled == setting.rows
+        else hide_labels(rows, keep=setting.labelled, seed=seed)
+    )
 
 # %% ../nbs/benchmark.ipynb #5d719a8c
-DIGITS_TRAIL = (10, 20, 30, 50, 80, 160, 320, 570)  # of the digits teacher's 570 updates
+DIGITS_TRAIL = (
+    10,
+    20,
+    30,
+    50,
+    80,
+    160,
+    320,
+    570,
+)  # of the digits teacher's 570 updates
+
 
 @lru_cache(1)
-def _task(name:str)->tuple[Any,Any,Any]:
+def _task(name: str) -> tuple[Any, Any, Any]:
     "The task, and its training and test rows with the teacher's logits."
     from kdbook.data import load_task
+
     task = load_task(name)
-    if name == "characters": return task, task["train"], _continued(task["test"])
-    if name != "digits": return task, annotate(task["train"], "minilm-movies"), annotate(task["test"], "minilm-movies")
+    if name == "characters":
+        return task, task["train"], _continued(task["test"])
+    if name != "digits":
+        return (
+            task,
+            annotate(task["train"], "minilm-movies"),
+            annotate(task["test"], "minilm-movies"),
+        )
     with tempfile.TemporaryDirectory() as folder:
         trail = Trail(DIGITS_TRAIL, folder)
         teacher = digits_teacher(task, trail)
-        train = annotate_pool(make_pool(task["train"], shifts(), progress=False), teacher, progress=False)
+        train = annotate_pool(
+            make_pool(task["train"], shifts(), progress=False), teacher, progress=False
+        )
         train = annotate_trail(train, teacher, trail, progress=False)
-    said = annotate(train, train_heads(_layers(teacher), task["train"], progress=False), progress=False)["teacher_pseudo_logits"]
-    return task, with_column(train, "teacher_pseudo_logits", said), annotate(task["test"], teacher, progress=False)
+    said = annotate(
+        train,
+        train_heads(_layers(teacher), task["train"], progress=False),
+        progress=False,
+    )["teacher_pseudo_logits"]
+    return (
+        task,
+        with_column(train, "teacher_pseudo_logits", said),
+        annotate(task["test"], teacher, progress=False),
+    )
 
-def _layers(teacher:nn.Module)->PseudoClassifiers:
+
+def _layers(teacher: nn.Module) -> PseudoClassifiers:
     "The teacher with heads below its last layer; a net with one hidden layer has only the image there."
-    if not hasattr(teacher, "layers"): return PseudoClassifiers(teacher)
-    return PseudoClassifiers(teacher, layers=tuple(range(len(teacher.layers))), example={"pixel_values": torch.zeros(1, teacher.layers[0].in_features)})
+    if not hasattr(teacher, "layers"):
+        return PseudoClassifiers(teacher)
+    return PseudoClassifiers(
+        teacher,
+        layers=tuple(range(len(teacher.layers))),
+        example={"pixel_values": torch.zeros(1, teacher.layers[0].in_features)},
+    )
 
 # %% ../nbs/benchmark.ipynb #a16cd1fe
 def digits_teacher(
-    task:"datasets.DatasetDict", # digits
-    *callbacks:Trail, # watch its training
-)->nn.Module:
+    task: "datasets.DatasetDict",  # digits
+    *callbacks: Trail,  # watch its training
+) -> nn.Module:
     "A wide image net trained on all of the digits' training rows, in seconds."
     from kdbook.models import image_net
-    recipe = Recipe((Stage(CrossEntropy(), 30, 3e-3, 32),), callbacks)
-    return fit(image_net(hidden=256, seed=0), recipe, task["train"], progress=False).student
 
-def _student(setting:Setting, seed:int)->nn.Module:
-    from kdbook.models import character_student, cnn_student, image_net, lstm_student, student
+    recipe = Recipe((Stage(CrossEntropy(), 30, 3e-3, 32),), callbacks)
+    return fit(
+        image_net(hidden=256, seed=0), recipe, task["train"], progress=False
+    ).student
+
+
+def _student(setting: Setting, seed: int) -> nn.Module:
+    from kdbook.models import (
+        character_student,
+        cnn_student,
+        image_net,
+        lstm_student,
+        student,
+    )
+
     kind, *size = setting.student
-    if setting.task == "digits": return image_net(kind, seed=seed)
-    if kind == "gpt": return character_student(*size, seed=seed)
-    if kind == "lstm": return lstm_student(*size, layers=2, seed=seed)
-    return cnn_student(*size, seed=seed) if kind == "cnn" else student(kind, *size, seed=seed)
+    if setting.task == "digits":
+        return image_net(kind, seed=seed)
+    if kind == "gpt":
+        return character_student(*size, seed=seed)
+    if kind == "lstm":
+        return lstm_student(*size, layers=2, seed=seed)
+    return (
+        cnn_student(*size, seed=seed)
+        if kind == "cnn"
+        else student(kind, *size, seed=seed)
+    )
 
 # %% ../nbs/benchmark.ipynb #9ab787c0
-def shifts(side:int=8)->tuple[Callable,...]: # eight ways for `make_pool`
+def shifts(side: int = 8) -> tuple[Callable, ...]:  # eight ways for `make_pool`
     "Square pictures moved by one pixel in each of eight directions; what comes in at the border is zero."
-    def way(dy:int, dx:int)->Callable:
-        def moved(inputs:list, rng:Any)->list:
-            grid = np.pad(np.asarray(inputs).reshape(-1, side, side), ((0, 0), (1, 1), (1, 1)))
-            return grid[:, 1 - dy:1 - dy + side, 1 - dx:1 - dx + side].reshape(len(inputs), -1).tolist()
+
+    def way(dy: int, dx: int) -> Callable:
+        def moved(inputs: list, rng: Any) -> list:
+            grid = np.pad(
+                np.asarray(inputs).reshape(-1, side, side), ((0, 0), (1, 1), (1, 1))
+            )
+            return (
+                grid[:, 1 - dy : 1 - dy + side, 1 - dx : 1 - dx + side]
+                .reshape(len(inputs), -1)
+                .tolist()
+            )
+
         return moved
+
     return tuple(way(dy, dx) for dy in (-1, 0, 1) for dx in (-1, 0, 1) if dy or dx)
 
 # %% ../nbs/benchmark.ipynb #8953bc7d
 @lru_cache(1)
-def _characters_model(folder:str)->nn.Module:
+def _characters_model(folder: str) -> nn.Module:
     from kdbook.data import load_task
     from kdbook.models import character_student
-    task, recipe = load_task("characters"), Recipe((Stage(CrossEntropy(), 4, 2e-3, 32, name="teacher"),))
-    return fit(character_student(2, 256, seed=0), recipe, task["train"], task["validation"], checkpoint=folder).student
 
-def characters_teacher()->nn.Module:
+    task, recipe = (
+        load_task("characters"),
+        Recipe((Stage(CrossEntropy(), 4, 2e-3, 32, name="teacher"),)),
+    )
+    return fit(
+        character_student(2, 256, seed=0),
+        recipe,
+        task["train"],
+        task["validation"],
+        checkpoint=folder,
+    ).student
+
+
+def characters_teacher() -> nn.Module:
     "The language model that the character students learn from; trained once, then read from the user's cache."
-    from kdbook.data import cache_dir
+    from kdbook.files import cache_dir
+
     return _characters_model(str(cache_dir() / "teacher" / "characters"))
 
-def _continued(windows:Any)->Any:
+
+def _continued(windows: Any) -> Any:
     "Windows of characters with what their teacher says of each character."
-    return with_column(windows, "teacher_logits", predict_logits(characters_teacher(), windows, progress=False))
+    return with_column(
+        windows,
+        "teacher_logits",
+        predict_logits(characters_teacher(), windows, progress=False),
+    )
 
 # %% ../nbs/benchmark.ipynb #a04ea1d8
 class _Scaled(SentenceVectors):
     "MiniLM's sentence vectors in the place of logits, so that `annotate` computes them once and for all; entries of size 1."
+
     def forward(self, input_ids, attention_mask):
         vectors = super().forward(input_ids, attention_mask)
-        return vectors * vectors.shape[-1]**.5
+        return vectors * vectors.shape[-1] ** 0.5
+
 
 @lru_cache(4)
-def _as_vectors(task_name:str, split:str)->Any:
+def _as_vectors(task_name: str, split: str) -> Any:
     "A split as the noisy settings' teachers see it: columns idx and pixel_values."
     from kdbook.data import load_task
+
     rows = load_task(task_name)[split]
-    if "pixel_values" in rows.column_names: return rows
-    vectors = annotate(rows.select_columns(["idx", "text"]), _Scaled())["teacher_logits"]
+    if "pixel_values" in rows.column_names:
+        return rows
+    vectors = annotate(rows.select_columns(["idx", "text"]), _Scaled())[
+        "teacher_logits"
+    ]
     return with_column(rows.select_columns(["idx", "label"]), "pixel_values", vectors)
 
 # %% ../nbs/benchmark.ipynb #1620fb80
 def spoil(
-    rows:"datasets.Dataset", # clean rows
-    noise:tuple[str,float], # kind and rate, or ("raters", k)
-    seed:int, # picks the rows
-    num_labels:int=2, # classes
-)->"datasets.Dataset": # with `true_label` and `corrupted`
+    rows: "datasets.Dataset",  # clean rows
+    noise: tuple[str, float],  # kind and rate, or ("raters", k)
+    seed: int,  # picks the rows
+    num_labels: int = 2,  # classes
+) -> "datasets.Dataset":  # with `true_label` and `corrupted`
     "The rows with a setting's noise in their labels."
     kind, amount = noise
-    return human_label(rows, amount, seed) if kind == "raters" else corrupt(rows, kind, amount, seed, num_labels=num_labels)
+    return (
+        human_label(rows, amount, seed)
+        if kind == "raters"
+        else corrupt(rows, kind, amount, seed, num_labels=num_labels)
+    )
 
 # %% ../nbs/benchmark.ipynb #8fabb745
 @lru_cache(8)
 def noisy_rows(
-    setting:NoisySetting, # says which noise, and which teacher
-    seed:int, # decides rows, noise, and the teacher's weights
-)->tuple["datasets.Dataset","datasets.Dataset"]: # training rows with noise, `teacher_logits` and `teacher_oof_logits`; test rows with `teacher_logits`
+    setting: NoisySetting,  # says which noise, and which teacher
+    seed: int,  # decides rows, noise, and the teacher's weights
+) -> tuple[
+    "datasets.Dataset", "datasets.Dataset"
+]:  # training rows with noise, `teacher_logits` and `teacher_oof_logits`; test rows with `teacher_logits`
     "The rows of one noisy run: every method sees the same ones for the same seed."
     from kdbook.models import image_net
+
     task, train, test = _task(setting.task)
-    seen, validation, unseen = (_as_vectors(setting.task, split) for split in ("train", "validation", "test"))
-    num_labels, pixels = (10, 64) if setting.task == "digits" else (2, len(seen[0]["pixel_values"]))
+    seen, validation, unseen = (
+        _as_vectors(setting.task, split) for split in ("train", "validation", "test")
+    )
+    num_labels, pixels = (
+        (10, 64) if setting.task == "digits" else (2, len(seen[0]["pixel_values"]))
+    )
     rows = spoil(training_rows(train, setting, seed), setting.noise, seed, num_labels)
     place = {i: n for n, i in enumerate(seen["idx"])}
-    seen = with_column(seen.select([place[i] for i in rows["idx"]]), "label", rows["true_label" if setting.teacher == "clean" else "label"])
-    recipe = Recipe((Stage(CrossEntropy(), *((30, 1e-3) if pixels > 64 else (100, 3e-3)), 32),))
+    seen = with_column(
+        seen.select([place[i] for i in rows["idx"]]),
+        "label",
+        rows["true_label" if setting.teacher == "clean" else "label"],
+    )
+    recipe = Recipe(
+        (Stage(CrossEntropy(), *((30, 1e-3) if pixels > 64 else (100, 3e-3)), 32),)
+    )
     judge = None if setting.teacher == "to_the_end" else validation
-    learn = lambda rows: fit(image_net(256, num_labels, seed, pixels), recipe, rows, judge, seed=seed, progress=False).student
+    learn = lambda rows: (
+        fit(
+            image_net(256, num_labels, seed, pixels),
+            recipe,
+            rows,
+            judge,
+            seed=seed,
+            progress=False,
+        ).student
+    )
     teacher = learn(seen)
-    rows = with_column(rows, "teacher_logits", predict_logits(teacher, seen, progress=False))
-    if setting.teacher != "clean":  # which has learned nothing that it should not vouch for
-        rows = with_column(rows, "teacher_oof_logits", out_of_fold(seen, learn, progress=False)["teacher_oof_logits"])
-    return rows, with_column(test, "teacher_logits", predict_logits(teacher, unseen, progress=False))
+    rows = with_column(
+        rows, "teacher_logits", predict_logits(teacher, seen, progress=False)
+    )
+    if (
+        setting.teacher != "clean"
+    ):  # which has learned nothing that it should not vouch for
+        rows = with_column(
+            rows,
+            "teacher_oof_logits",
+            out_of_fold(seen, learn, progress=False)["teacher_oof_logits"],
+        )
+    return rows, with_column(
+        test, "teacher_logits", predict_logits(teacher, unseen, progress=False)
+    )
 
 # %% ../nbs/benchmark.ipynb #15290f55
-def provenance()->dict[str,Any]:
+def provenance() -> dict[str, Any]:
     "What a record says about where it came from: versions, machine, commit."
-    git = lambda *a: subprocess.run(["git", *a], cwd=Path(kdbook.__file__).parent, capture_output=True, text=True).stdout.strip()
-    try: commit, changed = git("rev-parse", "HEAD"), bool(git("status", "--porcelain", "--untracked-files=no", "--", "."))
-    except OSError: commit, changed = "", False
-    return dict(commit=commit + ("+changes" if changed else ""), python=platform.python_version(), machine=platform.machine(), cores=os.cpu_count(),
-                **{name: version(name) for name in ("kdbook", "torch", "transformers", "datasets", "accelerate", "numpy")})
+    git = lambda *a: subprocess.run(
+        ["git", *a], cwd=Path(kdbook.__file__).parent, capture_output=True, text=True
+    ).stdout.strip()
+    try:
+        commit, changed = (
+            git("rev-parse", "HEAD"),
+            bool(git("status", "--porcelain", "--untracked-files=no", "--", ".")),
+        )
+    except OSError:
+        commit, changed = "", False
+    return dict(
+        commit=commit + ("+changes" if changed else ""),
+        python=platform.python_version(),
+        machine=platform.machine(),
+        cores=os.cpu_count(),
+        **{
+            name: version(name)
+            for name in (
+                "kdbook",
+                "torch",
+                "transformers",
+                "datasets",
+                "accelerate",
+                "numpy",
+            )
+        },
+    )
+
 
 def write_json(
-    record:dict[str,Any], # numbers, strings, lists
-    path:Path, # its folder is made
-)->None:
+    record: dict[str, Any],  # numbers, strings, lists
+    path: Path,  # its folder is made
+) -> None:
     "Write under a temporary name, then rename: a record is there whole or not at all."
-    with whole_file(path) as temporary: temporary.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    with whole_file(path) as temporary:
+        temporary.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
 
 # %% ../nbs/benchmark.ipynb #5a5a31fb
 def pack(
-    predictions:np.ndarray, # (rows,), class numbers below 256
-)->str: # a few hundred characters per thousand rows
+    predictions: np.ndarray,  # (rows,), class numbers below 256
+) -> str:  # a few hundred characters per thousand rows
     "Predictions as compressed text, for a JSON record."
-    return base64.b64encode(zlib.compress(np.asarray(predictions, np.uint8).tobytes(), 9)).decode()
+    return base64.b64encode(
+        zlib.compress(np.asarray(predictions, np.uint8).tobytes(), 9)
+    ).decode()
+
 
 def unpack(
-    text:str, # what `pack` gave
-)->np.ndarray: # (rows,)
+    text: str,  # what `pack` gave
+) -> np.ndarray:  # (rows,)
     "The predictions in `text`."
     return np.frombuffer(zlib.decompress(base64.b64decode(text)), np.uint8)
 
 # %% ../nbs/benchmark.ipynb #105731f3
-def run_settings(setting_name:str, method:str, lr:float, seed:int)->dict[str,Any]:
+def run_settings(
+    setting_name: str, method: str, lr: float, seed: int
+) -> dict[str, Any]:
     "All that decides the outcome of a run, for its record."
     setting = setting_of(setting_name)
-    return json.loads(json.dumps(dict(setting=asdict(setting), method=method, lr=lr, seed=seed, recipe=describe(METHODS[method].recipe(setting, lr)))))
+    return json.loads(
+        json.dumps(
+            dict(
+                setting=asdict(setting),
+                method=method,
+                lr=lr,
+                seed=seed,
+                recipe=describe(METHODS[method].recipe(setting, lr)),
+            )
+        )
+    )
 
-def record_path(setting_name:str, method:str, lr:float, seed:int)->Path:
+
+def record_path(setting_name: str, method: str, lr: float, seed: int) -> Path:
     "Where the record of a run is kept."
-    return results_dir() / "ladder" / setting_name / f"{method}-lr{lr:g}-seed{seed}.json"
+    return (
+        results_dir() / "ladder" / setting_name / f"{method}-lr{lr:g}-seed{seed}.json"
+    )
 
-def read_record(setting_name:str, method:str, lr:float, seed:int)->dict[str,Any]|None: # None: not run yet
+
+def read_record(
+    setting_name: str, method: str, lr: float, seed: int
+) -> dict[str, Any] | None:  # None: not run yet
     "A run's record. Raises `ValueError` if the file there was made with other settings."
     path = record_path(setting_name, method, lr, seed)
-    if not path.exists(): return None
-    record, wanted = json.loads(path.read_text(encoding="utf-8")), run_settings(setting_name, method, lr, seed)
+    if not path.exists():
+        return None
+    record, wanted = (
+        json.loads(path.read_text(encoding="utf-8")),
+        run_settings(setting_name, method, lr, seed),
+    )
     for key, value in wanted.items():
         if record["settings"][key] != value:
-            raise ValueError(f"{path} was run with {key}={record['settings'][key]}, but now {key}={value}: "
-                             "delete that folder's records, or set KDBOOK_RESULTS to another folder, to run again")
+            raise ValueError(
+                f"{path} was run with {key}={record['settings'][key]}, but now {key}={value}: "
+                "delete that folder's records, or set KDBOOK_RESULTS to another folder, to run again"
+            )
     return record
 
 # %% ../nbs/benchmark.ipynb #dcbfd428
-def train_one(setting_name:str, method:str, lr:float, seed:int)->tuple[Run,Any]: # the run; test rows with what its teacher says
+def train_one(
+    setting_name: str, method: str, lr: float, seed: int
+) -> tuple[Run, Any]:  # the run; test rows with what its teacher says
     "Train one student; its trained weights stay in the user's cache, for questions that come later."
     setting = setting_of(setting_name)
     task, train, test = _task(setting.task)
     rows = training_rows(train, setting, seed)
-    if setting.noise: rows, test = noisy_rows(setting, seed)
-    if setting.task == "characters": rows = _continued(rows)
-    student, rows, more = METHODS[method].prepare(setting, _student(setting, seed), rows)
-    run = fit(student, METHODS[method].recipe(setting, lr, **more), rows, task["validation"], seed=seed, progress=False)
-    kept = {name: p.detach().contiguous() for name, p in run.student.named_parameters() if p.requires_grad}
+    if setting.noise:
+        rows, test = noisy_rows(setting, seed)
+    if setting.task == "characters":
+        rows = _continued(rows)
+    student, rows, more = METHODS[method].prepare(
+        setting, _student(setting, seed), rows
+    )
+    run = fit(
+        student,
+        METHODS[method].recipe(setting, lr, **more),
+        rows,
+        task["validation"],
+        seed=seed,
+        progress=False,
+    )
+    kept = {
+        name: p.detach().contiguous()
+        for name, p in run.student.named_parameters()
+        if p.requires_grad
+    }
     save_tensors(kept, _weights_path(setting_name, method, lr, seed))
     return run, test
 
-def _weights_path(*run:Any)->Path:
-    from kdbook.data import cache_dir
-    key = hashlib.sha256(json.dumps(run_settings(*run), sort_keys=True).encode()).hexdigest()[:16]
-    return cache_dir() / "students" / run[0] / f"{run[1]}-seed{run[3]}-{key}.safetensors"
 
-def kept_student(setting_name:str, method:str, seed:int)->nn.Module: # evaluation mode
+def _weights_path(*run: Any) -> Path:
+    from kdbook.files import cache_dir
+
+    key = hashlib.sha256(
+        json.dumps(run_settings(*run), sort_keys=True).encode()
+    ).hexdigest()[:16]
+    return (
+        cache_dir() / "students" / run[0] / f"{run[1]}-seed{run[3]}-{key}.safetensors"
+    )
+
+
+def kept_student(
+    setting_name: str, method: str, seed: int
+) -> nn.Module:  # evaluation mode
     "The student of a reported run: its weights from the user's cache where they are, or else trained again."
     from safetensors.torch import load_file
+
     torch.set_num_threads(1)
     run = (setting_name, method, chosen_lr(setting_name, method), seed)
-    if not (path := _weights_path(*run)).exists(): return train_one(*run)[0].student
+    if not (path := _weights_path(*run)).exists():
+        return train_one(*run)[0].student
     student = _student(setting_of(setting_name), seed)
     student.load_state_dict(load_file(path), strict=False)
     return student
 
 # %% ../nbs/benchmark.ipynb #4c7e241d
 def scored(
-    student:nn.Module, # trained
-    rows:"datasets.Dataset", # one split
-)->tuple[dict[str,Any],Tensor]: # what a record says of it; logits (rows, num_labels), one row per label
+    student: nn.Module,  # trained
+    rows: "datasets.Dataset",  # one split
+) -> tuple[
+    dict[str, Any], Tensor
+]:  # what a record says of it; logits (rows, num_labels), one row per label
     "How a student does on a split."
-    logits, labels = predict_logits(student, rows, progress=False).flatten(0, -2), torch.tensor(rows["label"]).flatten()
-    said = dict(accuracy=accuracy(logits, labels), nll=nll(logits, labels), ece=ece(logits, labels), predictions=pack(logits.argmax(-1).numpy()))
+    logits, labels = (
+        predict_logits(student, rows, progress=False).flatten(0, -2),
+        torch.tensor(rows["label"]).flatten(),
+    )
+    said = dict(
+        accuracy=accuracy(logits, labels),
+        nll=nll(logits, labels),
+        ece=ece(logits, labels),
+        predictions=pack(logits.argmax(-1).numpy()),
+    )
     return dict(rows=len(rows), **said), logits
 
 # %% ../nbs/benchmark.ipynb #bda68bd5
-def run_one(setting_name:str, method:str, lr:float, seed:int)->dict[str,Any]:
+def run_one(setting_name: str, method: str, lr: float, seed: int) -> dict[str, Any]:
     "Train one student, score it, and store the record; search runs are scored on validation rows only."
     torch.set_num_threads(1)  # the same bits however many runs share the machine
     started, task = time.perf_counter(), _task(setting_of(setting_name).task)[0]
     run, test = train_one(setting_name, method, lr, seed)
-    record = dict(settings=run_settings(setting_name, method, lr, seed), best=run.best, seconds=round(time.perf_counter() - started, 1), **provenance())
+    record = dict(
+        settings=run_settings(setting_name, method, lr, seed),
+        best=run.best,
+        seconds=round(time.perf_counter() - started, 1),
+        **provenance(),
+    )
     if seed not in SEARCH_SEEDS:
         record["splits"] = {}
         for split in (s for s in task if s != "train"):
             record["splits"][split], logits = scored(run.student, task[split])
             if split == "test":
-                said, labels = torch.tensor(test["teacher_logits"]).flatten(0, -2), torch.tensor(task[split]["label"]).flatten()
-                record["teacher_agreement"], record["teacher_accuracy"] = agreement(logits, said), accuracy(said, labels)
+                said, labels = (
+                    torch.tensor(test["teacher_logits"]).flatten(0, -2),
+                    torch.tensor(task[split]["label"]).flatten(),
+                )
+                record["teacher_agreement"], record["teacher_accuracy"] = (
+                    agreement(logits, said),
+                    accuracy(said, labels),
+                )
     write_json(record, record_path(setting_name, method, lr, seed))
     return record
 
 # %% ../nbs/benchmark.ipynb #d13d53dc
-def chosen_lr(setting_name:str, method:str)->float|None: # None: the search is not finished
+def chosen_lr(
+    setting_name: str, method: str
+) -> float | None:  # None: the search is not finished
     "The rate with the best mean validation score over the search seeds; the smaller one on a tie."
     scores, rates = {}, setting_of(setting_name).lrs
-    if METHODS[method].rate_of: return chosen_lr(setting_name, METHODS[method].rate_of)
-    if len(rates) == 1: return rates[0]
+    if METHODS[method].rate_of:
+        return chosen_lr(setting_name, METHODS[method].rate_of)
+    if len(rates) == 1:
+        return rates[0]
     for lr in rates:
         scores[lr] = _search_score(setting_name, method, lr)
-        if scores[lr] is None: return None
+        if scores[lr] is None:
+            return None
     return max(scores, key=lambda lr: (scores[lr], -lr))
 
-def _search_score(setting_name:str, method:str, lr:float|None)->float|None: # None: not all there
-    "Mean validation score over the search seeds."
-    found = [None if lr is None else read_record(setting_name, method, lr, seed) for seed in SEARCH_SEEDS]
-    return None if None in found else sum(r["best"]["score"] for r in found) / len(found)
 
-def _stands(setting_name:str, method:str)->tuple[str|None,float|None]:
+def _search_score(
+    setting_name: str, method: str, lr: float | None
+) -> float | None:  # None: not all there
+    "Mean validation score over the search seeds."
+    found = [
+        None if lr is None else read_record(setting_name, method, lr, seed)
+        for seed in SEARCH_SEEDS
+    ]
+    return (
+        None if None in found else sum(r["best"]["score"] for r in found) / len(found)
+    )
+
+
+def _stands(setting_name: str, method: str) -> tuple[str | None, float | None]:
     "What stands on a rung, and at which rate."
     name = standing(setting_name, method)
     return name, name and chosen_lr(setting_name, name)
 
-def standing(setting_name:str, method:str)->str|None: # a key of METHODS; None: the search is not finished
+
+def standing(
+    setting_name: str, method: str
+) -> str | None:  # a key of METHODS; None: the search is not finished
     "The method itself, or the one of its candidates with the best mean validation score over the search seeds; the last on a tie."
     candidates = METHODS[method].candidates
-    if not candidates: return method
-    scores = [_search_score(setting_name, m, chosen_lr(setting_name, m)) for m in candidates]
-    return None if None in scores else candidates[max(range(len(scores)), key=lambda i: (scores[i], i))]
+    if not candidates:
+        return method
+    scores = [
+        _search_score(setting_name, m, chosen_lr(setting_name, m)) for m in candidates
+    ]
+    return (
+        None
+        if None in scores
+        else candidates[max(range(len(scores)), key=lambda i: (scores[i], i))]
+    )
 
 # %% ../nbs/benchmark.ipynb #21455dba
 def run_ladder(
-    method:str, # a key of METHODS; its baselines are run with it
-    settings:Iterable[str]|None=None, # keys of SETTINGS; default: all in which the method can be run
-    seeds:int=5, # reported seeds, 0 .. seeds - 1
-    jobs:int=1, # runs at once, one thread each
-)->None:
+    method: str,  # a key of METHODS; its baselines are run with it
+    settings: Iterable[str]
+    | None = None,  # keys of SETTINGS; default: all in which the method can be run
+    seeds: int = 5,  # reported seeds, 0 .. seeds - 1
+    jobs: int = 1,  # runs at once, one thread each
+) -> None:
     "Run whatever records are missing, first the search over rates, then the reported seeds. Interrupt and call again at will."
-    if seeds < 2: raise ValueError(f"seeds must be >= 2 for an interval, got {seeds}")
-    if jobs < 1: raise ValueError(f"jobs must be >= 1, got {jobs}")
-    pairs = [(s, m) for s in settings or settings_for(method) for m in rungs_of(s, method)]
+    if seeds < 2:
+        raise ValueError(f"seeds must be >= 2 for an interval, got {seeds}")
+    if jobs < 1:
+        raise ValueError(f"jobs must be >= 1, got {jobs}")
+    pairs = [
+        (s, m) for s in settings or settings_for(method) for m in rungs_of(s, method)
+    ]
     single = [(s, m) for s, m in pairs if not METHODS[m].candidates]
     contenders = [(s, c) for s, m in pairs for c in METHODS[m].candidates]
-    searched = [(s, m) for s, m in dict.fromkeys([*single, *contenders]) if len(setting_of(s).lrs) > 1 and not METHODS[m].rate_of]
-    _run_all([(s, m, lr, seed) for s, m in searched for lr in setting_of(s).lrs for seed in SEARCH_SEEDS], jobs, "search")
-    _run_all([(s, c, chosen_lr(s, c), seed) for s, c in contenders for seed in SEARCH_SEEDS], jobs, "candidates")
-    _run_all([(s, c, chosen_lr(s, c), seed) for seed in range(min(3, seeds)) for s, c in contenders], jobs, "each candidate")
+    searched = [
+        (s, m)
+        for s, m in dict.fromkeys([*single, *contenders])
+        if len(setting_of(s).lrs) > 1 and not METHODS[m].rate_of
+    ]
+    _run_all(
+        [
+            (s, m, lr, seed)
+            for s, m in searched
+            for lr in setting_of(s).lrs
+            for seed in SEARCH_SEEDS
+        ],
+        jobs,
+        "search",
+    )
+    _run_all(
+        [(s, c, chosen_lr(s, c), seed) for s, c in contenders for seed in SEARCH_SEEDS],
+        jobs,
+        "candidates",
+    )
+    _run_all(
+        [
+            (s, c, chosen_lr(s, c), seed)
+            for seed in range(min(3, seeds))
+            for s, c in contenders
+        ],
+        jobs,
+        "each candidate",
+    )
     chosen = [(s, standing(s, m)) for s, m in pairs]
-    _run_all([(s, m, chosen_lr(s, m), seed) for seed in range(seeds) for s, m in chosen], jobs, "report")
+    _run_all(
+        [(s, m, chosen_lr(s, m), seed) for seed in range(seeds) for s, m in chosen],
+        jobs,
+        "report",
+    )
 
 # %% ../nbs/benchmark.ipynb #c58d70b1
 def run_calls(
-    work:Callable, # called with each key's entries
-    sizes:dict[tuple,int], # arguments of each call -> how long it is, in any unit
-    jobs:int, # calls at once
-    desc:str, # beside the bar
-    unit:str="update", # of the sizes
-)->None:
+    work: Callable,  # called with each key's entries
+    sizes: dict[tuple, int],  # arguments of each call -> how long it is, in any unit
+    jobs: int,  # calls at once
+    desc: str,  # beside the bar
+    unit: str = "update",  # of the sizes
+) -> None:
     "Call `work` for every key, one after another or in several processes, under one progress bar."
     from concurrent.futures import ProcessPoolExecutor, as_completed
     from multiprocessing import get_context
+
     from tqdm.auto import tqdm
-    bar = tqdm(total=sum(sizes.values()), desc=f"{desc}: {len(sizes)} runs to do", unit=unit, smoothing=0, disable=not sizes)
+
+    bar = tqdm(
+        total=sum(sizes.values()),
+        desc=f"{desc}: {len(sizes)} runs to do",
+        unit=unit,
+        smoothing=0,
+        disable=not sizes,
+    )
     if jobs == 1:
-        for call, size in sizes.items(): work(*call); bar.update(size)
+        for call, size in sizes.items():
+            work(*call)
+            bar.update(size)
     elif sizes:
-        with ProcessPoolExecutor(jobs, get_context("spawn"), initializer=_end_with_parent) as pool:
+        with ProcessPoolExecutor(
+            jobs, get_context("spawn"), initializer=_end_with_parent
+        ) as pool:
             waiting = {pool.submit(work, *call): size for call, size in sizes.items()}
             try:
-                for done in as_completed(waiting): done.result(); bar.update(waiting[done])
+                for done in as_completed(waiting):
+                    done.result()
+                    bar.update(waiting[done])
             except BaseException:
-                pool.shutdown(cancel_futures=True)  # one failed run is told now, not after all the others
+                pool.shutdown(
+                    cancel_futures=True
+                )  # one failed run is told now, not after all the others
                 raise
     bar.close()
 
-def _end_with_parent()->None:
+
+def _end_with_parent() -> None:
     "Workers of a killed parent would wait for ever."
     from multiprocessing import parent_process
     from threading import Thread
+
     Thread(target=lambda: (parent_process().join(), os._exit(1)), daemon=True).start()
 
 # %% ../nbs/benchmark.ipynb #5d45fc4a
-def _run_all(runs:list[tuple], jobs:int, desc:str)->None:
+def _run_all(runs: list[tuple], jobs: int, desc: str) -> None:
     missing = [run for run in runs if read_record(*run) is None]
-    missing = dict.fromkeys(missing)  # a candidate may stand on a rung of its own as well
+    missing = dict.fromkeys(
+        missing
+    )  # a candidate may stand on a rung of its own as well
     run_calls(run_one, {run: setting_of(run[0]).updates for run in missing}, jobs, desc)
 
 # %% ../nbs/benchmark.ipynb #25583575
 def reported(
-    setting_name:str, # a key of SETTINGS
-    method:str, # a key of METHODS
-)->list[dict[str,Any]]: # records of the chosen rate, by seed
+    setting_name: str,  # a key of SETTINGS
+    method: str,  # a key of METHODS
+) -> list[dict[str, Any]]:  # records of the chosen rate, by seed
     "The stored records of a method. Raises `FileNotFoundError` naming the command that makes them."
     (name, lr), found = _stands(setting_name, method), []
-    while lr and (record := read_record(setting_name, name, lr, len(found))) is not None: found.append(record)
+    while (
+        lr and (record := read_record(setting_name, name, lr, len(found))) is not None
+    ):
+        found.append(record)
     if len(found) < 2:
-        raise FileNotFoundError(f"fewer than 2 records of {method!r} in setting {setting_name!r}: python -m kdbook ladder {method} --setting {setting_name}")
+        raise FileNotFoundError(
+            f"fewer than 2 records of {method!r} in setting {setting_name!r}: python -m kdbook ladder {method} --setting {setting_name}"
+        )
     return found
 
+
 @lru_cache(8)
-def _labels(task:str, split:str)->np.ndarray:
+def _labels(task: str, split: str) -> np.ndarray:
     from kdbook.data import load_task
+
     return np.asarray(load_task(task)[split]["label"])
 
+
 def correct(
-    setting_name:str, # a key of SETTINGS
-    method:str, # a key of METHODS
-    split:str="test", # any split that was scored
-)->np.ndarray: # (seeds, rows), True where right; for a text, the share of its characters
+    setting_name: str,  # a key of SETTINGS
+    method: str,  # a key of METHODS
+    split: str = "test",  # any split that was scored
+) -> (
+    np.ndarray
+):  # (seeds, rows), True where right; for a text, the share of its characters
     "Which rows each seed's student got right."
     labels = _labels(setting_of(setting_name).task, split)
-    right = np.stack([(unpack(r["splits"][split]["predictions"]) == labels.ravel()).reshape(labels.shape) for r in reported(setting_name, method)])
+    right = np.stack(
+        [
+            (unpack(r["splits"][split]["predictions"]) == labels.ravel()).reshape(
+                labels.shape
+            )
+            for r in reported(setting_name, method)
+        ]
+    )
     return right if labels.ndim == 1 else right.mean(-1)
 
 # %% ../nbs/benchmark.ipynb #6909beaa
 def recorded(
-    method:str="annealing_kd", # a key of METHODS
-    seeds:int=3, # how many every rung must have
-    among:Iterable[str]=SMALL, # keys of SETTINGS
-)->list[str]: # keys of SETTINGS
+    method: str = "annealing_kd",  # a key of METHODS
+    seeds: int = 3,  # how many every rung must have
+    among: Iterable[str] = SMALL,  # keys of SETTINGS
+) -> list[str]:  # keys of SETTINGS
     "The settings in which each rung of a method's ladder has at least `seeds` records."
-    def complete(name:str, rung:str)->bool:
+
+    def complete(name: str, rung: str) -> bool:
         stands, lr = _stands(name, rung)
-        return bool(lr) and all(read_record(name, stands, lr, seed) for seed in range(seeds))
-    return [name for name in among if name in settings_for(method) and all(complete(name, rung) for rung in rungs_of(name, method))]
+        return bool(lr) and all(
+            read_record(name, stands, lr, seed) for seed in range(seeds)
+        )
+
+    return [
+        name
+        for name in among
+        if name in settings_for(method)
+        and all(complete(name, rung) for rung in rungs_of(name, method))
+    ]
 
 # %% ../nbs/benchmark.ipynb #66af5b6d
 @dataclass(frozen=True)
 class Rung:
     "One line of a ladder."
-    method:str # key of METHODS, or "teacher"
-    title:str # for people
-    seeds:int # students behind the line
-    test:tuple[float,float] # mean accuracy and its standard deviation over seeds
-    gain:Difference|None # to plain KD, same rows and seeds; None for plain KD and the teacher
-    others:dict[str,float] # mean accuracy on every out-of-domain split
-    nll:float # mean over seeds, nats
-    lr:float|None # the rate that the search chose
+
+    method: str  # key of METHODS, or "teacher"
+    title: str  # for people
+    seeds: int  # students behind the line
+    test: tuple[float, float]  # mean accuracy and its standard deviation over seeds
+    gain: (
+        Difference | None
+    )  # to plain KD, same rows and seeds; None for plain KD and the teacher
+    others: dict[str, float]  # mean accuracy on every out-of-domain split
+    nll: float  # mean over seeds, nats
+    lr: float | None  # the rate that the search chose
 
 # %% ../nbs/benchmark.ipynb #1630deb1
 def ladder(
-    setting_name:str, # a key of SETTINGS
-    method:str="annealing_kd", # a key of METHODS
-)->list[Rung]: # bottom first, the teacher last
+    setting_name: str,  # a key of SETTINGS
+    method: str = "annealing_kd",  # a key of METHODS
+) -> list[Rung]:  # bottom first, the teacher last
     "The rungs of a ladder, from stored records."
     rungs, base = [], correct(setting_name, "hinton")
     for name in rungs_of(setting_name, method):
-        records, right, (stands, lr) = reported(setting_name, name), correct(setting_name, name), _stands(setting_name, name)
+        records, right, (stands, lr) = (
+            reported(setting_name, name),
+            correct(setting_name, name),
+            _stands(setting_name, name),
+        )
         seeds = min(len(base), len(right))
-        mean = lambda split, key="accuracy": float(np.mean([r["splits"][split][key] for r in records]))
+        mean = lambda split, key="accuracy": float(
+            np.mean([r["splits"][split][key] for r in records])
+        )
         outside = [s for s in records[0]["splits"] if s not in ("validation", "test")]
-        title = METHODS[name].title + (f": {METHODS[stands].title}" if stands != name else "")
-        rungs.append(Rung(name, title, len(records), (float(right.mean()), float(right.mean(1).std(ddof=1))),
-                          None if name == "hinton" else paired_difference(right[:seeds], base[:seeds]),
-                          {s: mean(s) for s in outside}, mean("test", "nll"), lr))
+        title = METHODS[name].title + (
+            f": {METHODS[stands].title}" if stands != name else ""
+        )
+        rungs.append(
+            Rung(
+                name,
+                title,
+                len(records),
+                (float(right.mean()), float(right.mean(1).std(ddof=1))),
+                None
+                if name == "hinton"
+                else paired_difference(right[:seeds], base[:seeds]),
+                {s: mean(s) for s in outside},
+                mean("test", "nll"),
+                lr,
+            )
+        )
     return [*rungs, _teacher_rung(setting_name)]
 
 # %% ../nbs/benchmark.ipynb #7566a9b5
-def _teacher_rung(setting_name:str)->Rung:
+def _teacher_rung(setting_name: str) -> Rung:
     "The ceiling."
     task = setting_of(setting_name).task
-    if setting_of(setting_name).noise or task == "characters":  # one teacher a seed, or one that takes minutes: the runs know
-        scores = {"test": dict(accuracy=np.mean([r["teacher_accuracy"] for r in reported(setting_name, "hinton")]), nll=float("nan"))}
+    if (
+        setting_of(setting_name).noise or task == "characters"
+    ):  # one teacher a seed, or one that takes minutes: the runs know
+        scores = {
+            "test": dict(
+                accuracy=np.mean(
+                    [r["teacher_accuracy"] for r in reported(setting_name, "hinton")]
+                ),
+                nll=float("nan"),
+            )
+        }
     elif task == "digits":
         _, _, test = _task(task)
-        logits, labels = torch.tensor(test["teacher_logits"]), torch.tensor(test["label"])
-        scores = {"test": dict(accuracy=accuracy(logits, labels), nll=nll(logits, labels))}
-    else: scores = json.loads((results_dir() / "teacher" / f"minilm-{task}.json").read_text())["splits"]
-    outside = {s: v["accuracy"] for s, v in scores.items() if s not in ("train", "validation", "test")}
-    return Rung("teacher", "teacher", 1, (scores["test"]["accuracy"], float("nan")), None, outside, scores["test"]["nll"], None)
+        logits, labels = (
+            torch.tensor(test["teacher_logits"]),
+            torch.tensor(test["label"]),
+        )
+        scores = {
+            "test": dict(accuracy=accuracy(logits, labels), nll=nll(logits, labels))
+        }
+    else:
+        scores = json.loads(
+            (results_dir() / "teacher" / f"minilm-{task}.json").read_text()
+        )["splits"]
+    outside = {
+        s: v["accuracy"]
+        for s, v in scores.items()
+        if s not in ("train", "validation", "test")
+    }
+    return Rung(
+        "teacher",
+        "teacher",
+        1,
+        (scores["test"]["accuracy"], float("nan")),
+        None,
+        outside,
+        scores["test"]["nll"],
+        None,
+    )
 
 # %% ../nbs/benchmark.ipynb #d44b004d
 def ladder_table(
-    setting_name:str, # a key of SETTINGS
-    method:str="annealing_kd", # a key of METHODS
-)->"pandas.DataFrame": # one row a rung, accuracies in percent
+    setting_name: str,  # a key of SETTINGS
+    method: str = "annealing_kd",  # a key of METHODS
+) -> "pandas.DataFrame":  # one row a rung, accuracies in percent
     "A ladder as a table: test accuracy, paired gain over plain KD with its 95 % interval, out-of-domain accuracy, nll."
     import pandas as pd
+
     table = []
     for r in ladder(setting_name, method):
-        test = f"{100*r.test[0]:.1f}" + ("" if r.seeds == 1 else f" ± {100*r.test[1]:.1f}")
-        gain = "" if r.gain is None else str(r.gain) + ("" if r.gain.clear else "  no difference")
-        table.append({"method": r.title, "test accuracy, %": test, "gain over plain KD": gain,
-                      **{f"{s}, %": f"{100*a:.1f}" for s, a in r.others.items()}, "test nll": "" if np.isnan(r.nll) else f"{r.nll:.3f}",
-                      "seeds": r.seeds, "lr": "" if r.lr is None else f"{r.lr:g}"})
+        test = f"{100 * r.test[0]:.1f}" + (
+            "" if r.seeds == 1 else f" ± {100 * r.test[1]:.1f}"
+        )
+        gain = (
+            ""
+            if r.gain is None
+            else str(r.gain) + ("" if r.gain.clear else "  no difference")
+        )
+        table.append(
+            {
+                "method": r.title,
+                "test accuracy, %": test,
+                "gain over plain KD": gain,
+                **{f"{s}, %": f"{100 * a:.1f}" for s, a in r.others.items()},
+                "test nll": "" if np.isnan(r.nll) else f"{r.nll:.3f}",
+                "seeds": r.seeds,
+                "lr": "" if r.lr is None else f"{r.lr:g}",
+            }
+        )
     return pd.DataFrame(table).set_index("method")
 
 # %% ../nbs/benchmark.ipynb #474adf76
 def ladder_plot(
-    settings:Iterable[str]|None=None, # keys of SETTINGS, one panel each; default: those of the main student that have records
-    method:str="annealing_kd", # a key of METHODS
-)->"matplotlib.figure.Figure":
+    settings: Iterable[str]
+    | None = None,  # keys of SETTINGS, one panel each; default: those of the main student that have records
+    method: str = "annealing_kd",  # a key of METHODS
+) -> "matplotlib.figure.Figure":
     "Paired gains over plain KD, in points, with 95 % intervals; hollow where the interval holds zero."
     import matplotlib.pyplot as plt
+
     from kdbook.plots import interval_plot, style
+
     names = list(recorded(method) if settings is None else settings)
-    if not names: raise ValueError(f"no setting to draw: python -m kdbook ladder {method}")
+    if not names:
+        raise ValueError(f"no setting to draw: python -m kdbook ladder {method}")
     with style():
-        fig, axes = plt.subplots(len(names), 1, figsize=(6.6, sum(.9 + .28 * len(rungs_of(name, method)) for name in names)), squeeze=False)
+        fig, axes = plt.subplots(
+            len(names),
+            1,
+            figsize=(
+                6.6,
+                sum(0.9 + 0.28 * len(rungs_of(name, method)) for name in names),
+            ),
+            squeeze=False,
+        )
         for ax, name in zip(axes[:, 0], names):
             rungs = [r for r in ladder(name, method) if r.gain is not None]
-            interval_plot(ax, [r.method for r in rungs], *([100 * getattr(r.gain, k) for r in rungs] for k in ("mean", "low", "high")), fmt="{:+.1f}")
+            interval_plot(
+                ax,
+                [r.method for r in rungs],
+                *(
+                    [100 * getattr(r.gain, k) for r in rungs]
+                    for k in ("mean", "low", "high")
+                ),
+                fmt="{:+.1f}",
+            )
             ax.set_title(setting_of(name).title)
         ax.set_xlabel("gain over plain KD, points of test accuracy")
         plt.close(fig)
@@ -472,42 +917,91 @@ def ladder_plot(
 
 # %% ../nbs/benchmark.ipynb #7141f6ae
 def train_teacher(
-    epochs:int=3, # passes over the 8,000 training sentences
-    lr:float=5e-5, # peak rate
-    batch_size:int=32, # rows per update
-    seed:int=0, # head, order and dropout
-    folder:Path|None=None, # for weights and checkpoints; default: in the user's cache
-)->tuple[nn.Module,Trail,float]: # the model, its trail, seconds
+    epochs: int = 3,  # passes over the 8,000 training sentences
+    lr: float = 5e-5,  # peak rate
+    batch_size: int = 32,  # rows per update
+    seed: int = 0,  # head, order and dropout
+    folder: Path
+    | None = None,  # for weights and checkpoints; default: in the user's cache
+) -> tuple[nn.Module, Trail, float]:  # the model, its trail, seconds
     "Fine-tune MiniLM on movies and keep its trail. Interrupted, it goes on where it was."
-    from kdbook.data import cache_dir, load_task
+    from kdbook.data import load_task
+    from kdbook.files import cache_dir
     from kdbook.models import teacher
+
     trail = Trail(TRAIL, folder or cache_dir() / "teacher" / "minilm-movies")
-    recipe = Recipe((Stage(CrossEntropy(), epochs, lr, batch_size, name="teacher"),), (trail,))
+    recipe = Recipe(
+        (Stage(CrossEntropy(), epochs, lr, batch_size, name="teacher"),), (trail,)
+    )
     started = time.perf_counter()
-    run = fit(teacher("minilm", seed=seed), recipe, load_task("movies")["train"], seed=seed, checkpoint=trail.folder / "checkpoint")
+    run = fit(
+        teacher("minilm", seed=seed),
+        recipe,
+        load_task("movies")["train"],
+        seed=seed,
+        checkpoint=trail.folder / "checkpoint",
+    )
     return run.student, trail, time.perf_counter() - started
 
 # %% ../nbs/benchmark.ipynb #876bbb6f
-def write_teacher_record(model:nn.Module, trail:Trail, seconds:float)->Path: # the record's JSON file
+def write_teacher_record(
+    model: nn.Module, trail: Trail, seconds: float
+) -> Path:  # the record's JSON file
     "Let every checkpoint of the trail and every layer of the model write its logits, and store them under results/teacher."
     from datasets import concatenate_datasets
     from safetensors.torch import save_file
+
     from kdbook.data import load_task
+
     task = load_task("movies")
     rows = concatenate_datasets([task[s] for s in ("train", "validation", "test")])
-    logits = torch.tensor(annotate_trail(rows, model, trail)["teacher_trail"]).transpose(0, 1)
-    pseudo = torch.tensor(annotate(rows, train_heads(_layers(model), task["train"]))["teacher_pseudo_logits"])
-    tensors = dict(idx=torch.tensor(rows["idx"]), text_crc=text_crc(rows), trail=logits.half().contiguous(), trail_steps=torch.tensor(trail.steps),
-                   pseudo=pseudo.half().contiguous())
+    logits = torch.tensor(
+        annotate_trail(rows, model, trail)["teacher_trail"]
+    ).transpose(0, 1)
+    pseudo = torch.tensor(
+        annotate(rows, train_heads(_layers(model), task["train"]))[
+            "teacher_pseudo_logits"
+        ]
+    )
+    tensors = dict(
+        idx=torch.tensor(rows["idx"]),
+        text_crc=text_crc(rows),
+        trail=logits.half().contiguous(),
+        trail_steps=torch.tensor(trail.steps),
+        pseudo=pseudo.half().contiguous(),
+    )
     place, splits = {i: n for n, i in enumerate(rows["idx"])}, {}
     for split, data in task.items():
         known = split in ("train", "validation", "test")
-        found = logits[-1][[place[i] for i in data["idx"]]] if known else torch.tensor(annotate(data, model)["teacher_logits"])
+        found = (
+            logits[-1][[place[i] for i in data["idx"]]]
+            if known
+            else torch.tensor(annotate(data, model)["teacher_logits"])
+        )
         labels = torch.tensor(data["label"])
-        splits[split] = dict(rows=len(labels), accuracy=accuracy(found, labels), nll=nll(found, labels), ece=ece(found, labels))
-        if known: splits[split]["layers"] = [accuracy(u, labels) for u in pseudo[[place[i] for i in data["idx"]]].unbind(1)]
+        splits[split] = dict(
+            rows=len(labels),
+            accuracy=accuracy(found, labels),
+            nll=nll(found, labels),
+            ece=ece(found, labels),
+        )
+        if known:
+            splits[split]["layers"] = [
+                accuracy(u, labels)
+                for u in pseudo[[place[i] for i in data["idx"]]].unbind(1)
+            ]
     path = results_dir() / "teacher" / "minilm-movies.json"
     path.parent.mkdir(exist_ok=True)
     save_file(tensors, path.with_suffix(".safetensors"))
-    write_json(dict(teacher="all-MiniLM-L6-v2", task="movies", trail_steps=list(trail.steps), seconds=round(seconds), splits=splits, **provenance()), path)
+    write_json(
+        dict(
+            teacher="all-MiniLM-L6-v2",
+            task="movies",
+            trail_steps=list(trail.steps),
+            seconds=round(seconds),
+            splits=splits,
+            **provenance(),
+        ),
+        path,
+    )
     return path

@@ -9,245 +9,486 @@ __all__ = ['sample_words', 'mixed_embeddings', 'given_embeddings', 'gap', 'Rewri
 # %% ../nbs/combined_kd.ipynb #9a65a3b7
 from contextlib import contextmanager
 from typing import Any, Literal
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
 from .annealing_kd import AnnealingKD, annealing_loss, temperature_schedule
-from .distillation import INPUTS, copied, forward, joined, logit_mse, soft_target_loss
-from .training import Callback, CrossEntropy, Loss, Progress, Recipe, Stage, label_loss
+from .losses import label_loss, logit_mse, soft_target_loss
+from .rows import INPUTS, copied, forward, joined
+from .training import Callback, CrossEntropy, Loss, Progress, Recipe, Stage
 from .words import MaskedGenerator, mask_tokens
 
 # %% ../nbs/combined_kd.ipynb #11113ce6
 def sample_words(
-    logits:Tensor, # (holes, vocab_size)
-)->Tensor: # (holes,), word numbers
+    logits: Tensor,  # (holes, vocab_size)
+) -> Tensor:  # (holes,), word numbers
     "A word for each hole, drawn with the softmax's probabilities: what Gumbel noise and an argmax give, in less time."
     shares = logits.softmax(-1).cumsum(-1)
-    return torch.searchsorted(shares, torch.rand(len(shares), 1, device=shares.device) * shares[:, -1:]).flatten().clamp(max=logits.shape[-1] - 1)
+    return (
+        torch.searchsorted(
+            shares, torch.rand(len(shares), 1, device=shares.device) * shares[:, -1:]
+        )
+        .flatten()
+        .clamp(max=logits.shape[-1] - 1)
+    )
 
 # %% ../nbs/combined_kd.ipynb #d7d55480
 def mixed_embeddings(
-    table:Tensor, # (vocab_size, hidden_size), a model's word embeddings
-    input_ids:Tensor, # (batch, seq_len), the original words
-    where:Tensor, # (batch, seq_len), True at the holes
-    words:Tensor, # (holes, n), one-hot rows; gradient flows through them
-    vocabulary:Tensor|None=None, # (n,), the word number of each column; default: all, in order
-)->Tensor: # (batch, seq_len, hidden_size)
+    table: Tensor,  # (vocab_size, hidden_size), a model's word embeddings
+    input_ids: Tensor,  # (batch, seq_len), the original words
+    where: Tensor,  # (batch, seq_len), True at the holes
+    words: Tensor,  # (holes, n), one-hot rows; gradient flows through them
+    vocabulary: Tensor
+    | None = None,  # (n,), the word number of each column; default: all, in order
+) -> Tensor:  # (batch, seq_len, hidden_size)
     "The embeddings of the original words, and those of `words` in the holes (MATE-KD's mixed input)."
-    written = words.to(table.dtype) @ (table if vocabulary is None else table[vocabulary])
+    written = words.to(table.dtype) @ (
+        table if vocabulary is None else table[vocabulary]
+    )
     return F.embedding(input_ids, table).masked_scatter(where[..., None], written)
+
 
 @contextmanager
 def given_embeddings(
-    model:nn.Module, # any model with `get_input_embeddings`
-    embeddings:Tensor, # (batch, seq_len, hidden_size)
+    model: nn.Module,  # any model with `get_input_embeddings`
+    embeddings: Tensor,  # (batch, seq_len, hidden_size)
 ):
     "Inside the block, the model's word embeddings are these, whatever `input_ids` says; positions, norms and dropout stay its own."
-    hook = model.get_input_embeddings().register_forward_hook(lambda layer, args, out: embeddings.to(out.dtype))
-    try: yield
-    finally: hook.remove()
+    hook = model.get_input_embeddings().register_forward_hook(
+        lambda layer, args, out: embeddings.to(out.dtype)
+    )
+    try:
+        yield
+    finally:
+        hook.remove()
 
 # %% ../nbs/combined_kd.ipynb #8c8a5443
 def gap(
-    teacher_logits:Tensor, # (batch, num_labels); gradient flows through them as well
-    student_logits:Tensor, # same shape
-    kind:Literal["mse","kl","cross_entropy"]="mse", # squared error of logits; KL from teacher to student; the slip of public code
-)->Tensor: # scalar
+    teacher_logits: Tensor,  # (batch, num_labels); gradient flows through them as well
+    student_logits: Tensor,  # same shape
+    kind: Literal[
+        "mse", "kl", "cross_entropy"
+    ] = "mse",  # squared error of logits; KL from teacher to student; the slip of public code
+) -> Tensor:  # scalar
     "What the generator makes large. Raises `ValueError` for another `kind`."
-    if kind == "mse": return (teacher_logits - student_logits).pow(2).mean()
+    if kind == "mse":
+        return (teacher_logits - student_logits).pow(2).mean()
     log_p, log_q = F.log_softmax(teacher_logits, -1), F.log_softmax(student_logits, -1)
-    if kind == "kl": return (log_p.exp() * (log_p - log_q)).sum(-1).mean()
-    if kind == "cross_entropy": return -(log_p.exp() * log_q).sum(-1).mean()
+    if kind == "kl":
+        return (log_p.exp() * (log_p - log_q)).sum(-1).mean()
+    if kind == "cross_entropy":
+        return -(log_p.exp() * log_q).sum(-1).mean()
     raise ValueError(f'kind must be "mse", "kl" or "cross_entropy", got {kind!r}')
 
 # %% ../nbs/combined_kd.ipynb #0c134583
 class Rewriter(Callback):
     "A live teacher, a masked generator, and how a batch is rewritten by them."
-    def __init__(self,
-        teacher:nn.Module|None=None, # frozen here; None: the settings alone, to look at a recipe
-        generator:MaskedGenerator|None=None, # over the teacher's vocabulary; a copy of it is used
-        mask_rate:float=0.3, # in [0, 1]: share of tokens that are rewritten
-        bf16:bool=False, # in the student's turn teacher and generator run in bfloat16, for hardware that is quicker at it
+
+    def __init__(
+        self,
+        teacher: nn.Module
+        | None = None,  # frozen here; None: the settings alone, to look at a recipe
+        generator: MaskedGenerator
+        | None = None,  # over the teacher's vocabulary; a copy of it is used
+        mask_rate: float = 0.3,  # in [0, 1]: share of tokens that are rewritten
+        bf16: bool = False,  # in the student's turn teacher and generator run in bfloat16, for hardware that is quicker at it
     ):
-        if not 0 <= mask_rate <= 1: raise ValueError(f"mask_rate must be in [0, 1], got {mask_rate}")
+        if not 0 <= mask_rate <= 1:
+            raise ValueError(f"mask_rate must be in [0, 1], got {mask_rate}")
         if teacher is not None and generator is not None:
-            sizes = [len(model.get_input_embeddings().weight) for model in (teacher, generator.model)]
-            if sizes[0] != sizes[1]: raise ValueError(f"teacher and generator must share a vocabulary, but they have {sizes[0]} and {sizes[1]} words")
+            sizes = [
+                len(model.get_input_embeddings().weight)
+                for model in (teacher, generator.model)
+            ]
+            if sizes[0] != sizes[1]:
+                raise ValueError(
+                    f"teacher and generator must share a vocabulary, but they have {sizes[0]} and {sizes[1]} words"
+                )
             teacher, generator = teacher.requires_grad_(False).eval(), copied(generator)
-        self.mask_rate, self.bf16, self._teacher, self._generator = mask_rate, bf16, teacher, generator
+        self.mask_rate, self.bf16, self._teacher, self._generator = (
+            mask_rate,
+            bf16,
+            teacher,
+            generator,
+        )
 
-    def check(self)->None:
+    def check(self) -> None:
         "Raises `ValueError` where teacher or generator are missing."
-        if self._teacher is None or self._generator is None: raise ValueError("adversarial text needs a live teacher and a generator: recipe(teacher, warm_up(masked_generator(), train))")
+        if self._teacher is None or self._generator is None:
+            raise ValueError(
+                "adversarial text needs a live teacher and a generator: recipe(teacher, warm_up(masked_generator(), train))"
+            )
 
     @torch.no_grad()
-    def teach(self, inputs:dict[str,Tensor])->Tensor: # (batch, num_labels)
+    def teach(self, inputs: dict[str, Tensor]) -> Tensor:  # (batch, num_labels)
         "The teacher's logits."
-        with self._precision(inputs): return forward(self._teacher, inputs).float()
-    def _precision(self, inputs:dict[str,Tensor])->Any: return torch.autocast(inputs["input_ids"].device.type, torch.bfloat16, enabled=self.bf16)
+        with self._precision(inputs):
+            return forward(self._teacher, inputs).float()
+
+    def _precision(self, inputs: dict[str, Tensor]) -> Any:
+        return torch.autocast(
+            inputs["input_ids"].device.type, torch.bfloat16, enabled=self.bf16
+        )
 
     @torch.no_grad()
-    def rewrite(self, batch:dict[str,Tensor])->dict[str,Tensor]: # the batch's inputs with other words in some places
+    def rewrite(
+        self, batch: dict[str, Tensor]
+    ) -> dict[str, Tensor]:  # the batch's inputs with other words in some places
         "Cover some words and let the generator draw others."
-        covered, where = mask_tokens(batch["input_ids"], batch["attention_mask"], self._generator.tokenizer, self.mask_rate)
-        with self._precision(batch): logits = self._generator(covered, batch["attention_mask"], where).float()
+        covered, where = mask_tokens(
+            batch["input_ids"],
+            batch["attention_mask"],
+            self._generator.tokenizer,
+            self.mask_rate,
+        )
+        with self._precision(batch):
+            logits = self._generator(covered, batch["attention_mask"], where).float()
         words = self._generator.vocabulary[sample_words(logits)]
-        return {name: batch[name] for name in INPUTS if name in batch} | {"input_ids": batch["input_ids"].masked_scatter(where, words)}
+        return {name: batch[name] for name in INPUTS if name in batch} | {
+            "input_ids": batch["input_ids"].masked_scatter(where, words)
+        }
 
 # %% ../nbs/combined_kd.ipynb #d6d3c93c
-def _moving(generator:nn.Module)->dict[str,Tensor]: return {name: p for name, p in generator.named_parameters() if p.requires_grad}
+def _moving(generator: nn.Module) -> dict[str, Tensor]:
+    return {name: p for name, p in generator.named_parameters() if p.requires_grad}
 
-def _place(adversary:Any, device:torch.device)->None:
+
+def _place(adversary: Any, device: torch.device) -> None:
     "Teacher, generator and its optimiser's state to a device; the generator trains."
-    adversary._teacher.to(device); adversary._generator.to(device).train()
-    for state in adversary._optimizer.state.values(): state.update({k: v.to(device) for k, v in state.items() if k != "step"})
+    adversary._teacher.to(device)
+    adversary._generator.to(device).train()
+    for state in adversary._optimizer.state.values():
+        state.update({k: v.to(device) for k, v in state.items() if k != "step"})
 
-def _over_processes(grad:Tensor)->Tensor:
+
+def _over_processes(grad: Tensor) -> Tensor:
     "The mean over processes: every one of them holds a generator, and they must stay the same."
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         grad = grad.contiguous()  # a gradient may be one number in many places, which all_reduce would write beyond
-        torch.distributed.all_reduce(grad); grad /= torch.distributed.get_world_size()
+        torch.distributed.all_reduce(grad)
+        grad /= torch.distributed.get_world_size()
     return grad
 
 # %% ../nbs/combined_kd.ipynb #595e833c
 class AdversarialStep(Rewriter):
     "A `Rewriter` whose generator learns to widen the gap between teacher and student. A callback of the recipe too, so that checkpoints keep it."
-    def __init__(self,
-        teacher:nn.Module|None=None, generator:MaskedGenerator|None=None, # as in `Rewriter`
-        generator_steps:int=10, # of every `student_steps` updates the first so many train the generator too
-        student_steps:int=100, # >= generator_steps
-        mask_rate:float=0.3, # in [0, 1]
-        lr:float=5e-5, # of the generator
-        kind:Literal["mse","kl","cross_entropy"]="mse", # of the gap
-        clip:float=5.0, # largest norm of the generator's gradient
-        bf16:bool=False, # as in `Rewriter`
+
+    def __init__(
+        self,
+        teacher: nn.Module | None = None,
+        generator: MaskedGenerator | None = None,  # as in `Rewriter`
+        generator_steps: int = 10,  # of every `student_steps` updates the first so many train the generator too
+        student_steps: int = 100,  # >= generator_steps
+        mask_rate: float = 0.3,  # in [0, 1]
+        lr: float = 5e-5,  # of the generator
+        kind: Literal["mse", "kl", "cross_entropy"] = "mse",  # of the gap
+        clip: float = 5.0,  # largest norm of the generator's gradient
+        bf16: bool = False,  # as in `Rewriter`
     ):
         super().__init__(teacher, generator, mask_rate, bf16)
-        if not 0 <= generator_steps <= student_steps: raise ValueError(f"generator_steps must be in 0..student_steps, got {generator_steps} of {student_steps}")
-        self.generator_steps, self.student_steps, self.lr, self.kind, self.clip = generator_steps, student_steps, lr, kind, clip
-        self._first = None if generator is None else {k: v.clone() for k, v in _moving(self._generator).items()}
+        if not 0 <= generator_steps <= student_steps:
+            raise ValueError(
+                f"generator_steps must be in 0..student_steps, got {generator_steps} of {student_steps}"
+            )
+        self.generator_steps, self.student_steps, self.lr, self.kind, self.clip = (
+            generator_steps,
+            student_steps,
+            lr,
+            kind,
+            clip,
+        )
+        self._first = (
+            None
+            if generator is None
+            else {k: v.clone() for k, v in _moving(self._generator).items()}
+        )
         self._begin()
 
-    def __repr__(self)->str: return "AdversarialStep(" + ", ".join(f"{k}={v!r}" for k, v in vars(self).items() if k[0] != "_") + ")"
-    def _begin(self)->None: self._gaps, self._played, self._optimizer = [], None, None if self._generator is None else torch.optim.AdamW(_moving(self._generator).values(), lr=self.lr)
+    def __repr__(self) -> str:
+        return (
+            "AdversarialStep("
+            + ", ".join(f"{k}={v!r}" for k, v in vars(self).items() if k[0] != "_")
+            + ")"
+        )
+
+    def _begin(self) -> None:
+        self._gaps, self._played, self._optimizer = (
+            [],
+            None,
+            None
+            if self._generator is None
+            else torch.optim.AdamW(_moving(self._generator).values(), lr=self.lr),
+        )
+
     @property
-    def gaps(self)->list[float]: "The gap before each of the generator's steps."; return self._gaps
-    def due(self, progress:Progress)->bool: "Whether this update trains the generator too."; return progress.step % self.student_steps < self.generator_steps
-    def state_dict(self)->dict[str,Any]:
+    def gaps(self) -> list[float]:
+        "The gap before each of the generator's steps."
+        return self._gaps
+
+    def due(self, progress: Progress) -> bool:
+        "Whether this update trains the generator too."
+        return progress.step % self.student_steps < self.generator_steps
+
+    def state_dict(self) -> dict[str, Any]:
         "The generator's trained weights, and its optimiser's state."
-        return {} if self._generator is None else {"generator": {k: v.detach().cpu() for k, v in _moving(self._generator).items()}, "optimizer": self._optimizer.state_dict(), "gaps": self._gaps}
-    def load_state_dict(self, state:dict[str,Any])->None:
+        return (
+            {}
+            if self._generator is None
+            else {
+                "generator": {
+                    k: v.detach().cpu() for k, v in _moving(self._generator).items()
+                },
+                "optimizer": self._optimizer.state_dict(),
+                "gaps": self._gaps,
+            }
+        )
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
         "Take back what `state_dict` gave."
-        if state: self._generator.load_state_dict(state["generator"], strict=False); self._optimizer.load_state_dict(state["optimizer"]); self._gaps = list(state["gaps"])
+        if state:
+            self._generator.load_state_dict(state["generator"], strict=False)
+            self._optimizer.load_state_dict(state["optimizer"])
+            self._gaps = list(state["gaps"])
 
 # %% ../nbs/combined_kd.ipynb #7b83773d
 def adversarial_gap(
-    adversary:AdversarialStep, # teacher and generator
-    student:nn.Module, # any classifier with `get_input_embeddings`, over the same vocabulary
-    batch:dict[str,Tensor], # what is rewritten
-)->Tensor: # scalar; gradient reaches the generator
+    adversary: AdversarialStep,  # teacher and generator
+    student: nn.Module,  # any classifier with `get_input_embeddings`, over the same vocabulary
+    batch: dict[str, Tensor],  # what is rewritten
+) -> Tensor:  # scalar; gradient reaches the generator
     "The gap between teacher and student on text written by the generator: one-hot words forward, their softmax backward (straight-through)."
-    generator, student = adversary._generator, getattr(student, "module", student)  # the generator's gradient is not the student's to synchronise
-    covered, where = mask_tokens(batch["input_ids"], batch["attention_mask"], generator.tokenizer, adversary.mask_rate)
-    if not where.any(): return sum(p.sum() * 0 for p in _moving(generator).values())
-    words, answers = F.gumbel_softmax(generator(covered, batch["attention_mask"], where), hard=True), []
+    generator, student = (
+        adversary._generator,
+        getattr(student, "module", student),
+    )  # the generator's gradient is not the student's to synchronise
+    covered, where = mask_tokens(
+        batch["input_ids"],
+        batch["attention_mask"],
+        generator.tokenizer,
+        adversary.mask_rate,
+    )
+    if not where.any():
+        return sum(p.sum() * 0 for p in _moving(generator).values())
+    words, answers = (
+        F.gumbel_softmax(generator(covered, batch["attention_mask"], where), hard=True),
+        [],
+    )
     for model in (adversary._teacher, student):
         table = model.get_input_embeddings().weight.detach()
-        with given_embeddings(model, mixed_embeddings(table, batch["input_ids"], where, words, generator.vocabulary)): answers.append(forward(model, batch).float())
+        with given_embeddings(
+            model,
+            mixed_embeddings(
+                table, batch["input_ids"], where, words, generator.vocabulary
+            ),
+        ):
+            answers.append(forward(model, batch).float())
     return gap(*answers, adversary.kind)
 
 # %% ../nbs/combined_kd.ipynb #7df814db
 def play(
-    adversary:AdversarialStep, # teacher and generator
-    student:nn.Module, # in training mode
-    batch:dict[str,Tensor], # what is rewritten
-    progress:Progress, # says whose turn it is
-)->dict[str,Tensor]: # the batch's inputs, rewritten
+    adversary: AdversarialStep,  # teacher and generator
+    student: nn.Module,  # in training mode
+    batch: dict[str, Tensor],  # what is rewritten
+    progress: Progress,  # says whose turn it is
+) -> dict[str, Tensor]:  # the batch's inputs, rewritten
     "The generator's turn, where it is due, and then a rewritten batch for the student's."
     _place(adversary, batch["input_ids"].device)
-    words = [len(model.get_input_embeddings().weight) for model in (getattr(student, "module", student), adversary._teacher)]
-    if words[0] != words[1]: raise ValueError(f"student and teacher must share a vocabulary, but they have {words[0]} and {words[1]} words")
+    words = [
+        len(model.get_input_embeddings().weight)
+        for model in (getattr(student, "module", student), adversary._teacher)
+    ]
+    if words[0] != words[1]:
+        raise ValueError(
+            f"student and teacher must share a vocabulary, but they have {words[0]} and {words[1]} words"
+        )
     if adversary.starting(progress):  # the same recipe may be run twice
-        adversary._generator.load_state_dict(adversary._first, strict=False); adversary._begin()
-    elif progress.step == adversary._played: return adversary.rewrite(batch)  # another piece of the same update
+        adversary._generator.load_state_dict(adversary._first, strict=False)
+        adversary._begin()
+    elif progress.step == adversary._played:
+        return adversary.rewrite(batch)  # another piece of the same update
     adversary._played = progress.step
-    if adversary.due(progress): adversary.gaps.append(generator_step(adversary, student, batch).item())
+    if adversary.due(progress):
+        adversary.gaps.append(generator_step(adversary, student, batch).item())
     return adversary.rewrite(batch)
 
-def generator_step(adversary:AdversarialStep, student:nn.Module, batch:dict[str,Tensor])->Tensor: # the gap before the step
+
+def generator_step(
+    adversary: AdversarialStep, student: nn.Module, batch: dict[str, Tensor]
+) -> Tensor:  # the gap before the step
     "One ascent of the generator on the gap; neither student nor teacher gets a gradient."
-    value, moving = adversarial_gap(adversary, student, batch), list(_moving(adversary._generator).values())
-    for p, grad in zip(moving, torch.autograd.grad(-value, moving)): p.grad = _over_processes(grad)
+    value, moving = (
+        adversarial_gap(adversary, student, batch),
+        list(_moving(adversary._generator).values()),
+    )
+    for p, grad in zip(moving, torch.autograd.grad(-value, moving)):
+        p.grad = _over_processes(grad)
     nn.utils.clip_grad_norm_(moving, adversary.clip)
-    adversary._optimizer.step(); adversary._optimizer.zero_grad()
+    adversary._optimizer.step()
+    adversary._optimizer.zero_grad()
     return value.detach()
 
 # %% ../nbs/combined_kd.ipynb #adc73133
 class MateKD:
-    "Labels, the teacher on the text, and the teacher on adversarial text, a third each (MATE-KD); squared errors where there is one output, which wants the gap \"mse\"."
+    'Labels, the teacher on the text, and the teacher on adversarial text, a third each (MATE-KD); squared errors where there is one output, which wants the gap "mse".'
+
     requires, rows = ("label", "teacher_logits"), "all"
-    def __init__(self,
-        adversary:AdversarialStep, # its gap should be "kl"
-    ): self.adversary = adversary
-    def check(self, stage:Stage, train:"datasets.Dataset", validation:"datasets.Dataset|None"=None)->None:
+
+    def __init__(
+        self,
+        adversary: AdversarialStep,  # its gap should be "kl"
+    ):
+        self.adversary = adversary
+
+    def check(
+        self,
+        stage: Stage,
+        train: "datasets.Dataset",
+        validation: "datasets.Dataset|None" = None,
+    ) -> None:
         "Called by `fit` before it starts."
         self.adversary.check()
-    def __call__(self, student:nn.Module, batch:dict[str,Tensor], progress:Progress)->Loss:
+
+    def __call__(
+        self, student: nn.Module, batch: dict[str, Tensor], progress: Progress
+    ) -> Loss:
         "The three terms, by name; rows without a label have two."
         rewritten = play(self.adversary, student, batch, progress)
         own, theirs = forward(student, joined(batch, rewritten)).chunk(2)
         apart = logit_mse if own.shape[-1] == 1 else soft_target_loss
-        label, teacher = label_loss(own, batch["labels"]), apart(own, batch["teacher_logits"])
+        label, teacher = (
+            label_loss(own, batch["labels"]),
+            apart(own, batch["teacher_logits"]),
+        )
         adversarial = apart(theirs, self.adversary.teach(rewritten))
-        return Loss((label + teacher + adversarial) / 3, {"label": label.detach(), "teacher": teacher.detach(), "adversarial": adversarial.detach()})
+        return Loss(
+            (label + teacher + adversarial) / 3,
+            {
+                "label": label.detach(),
+                "teacher": teacher.detach(),
+                "adversarial": adversarial.detach(),
+            },
+        )
 
 # %% ../nbs/combined_kd.ipynb #e21078eb
 class CombinedKD(AnnealingKD):
     "Stage I: follow the teacher's annealed logits on the text and on adversarial text, half each; no labels (Combined-KD)."
+
     requires, rows = ("teacher_logits",), "all"
-    def __init__(self,
-        adversary:AdversarialStep, # its gap is to the teacher that is not annealed
-        tau_max:int=7, # largest temperature; 1 is plain logit regression
+
+    def __init__(
+        self,
+        adversary: AdversarialStep,  # its gap is to the teacher that is not annealed
+        tau_max: int = 7,  # largest temperature; 1 is plain logit regression
     ):
         super().__init__(tau_max)
         self.adversary = adversary
-    def check(self, stage:Stage, train:"datasets.Dataset", validation:"datasets.Dataset|None"=None)->None:
+
+    def check(
+        self,
+        stage: Stage,
+        train: "datasets.Dataset",
+        validation: "datasets.Dataset|None" = None,
+    ) -> None:
         "Called by `fit` before it starts: all temperatures must fit, and teacher and generator be there."
-        super().check(stage, train, validation); self.adversary.check()
-    def __call__(self, student:nn.Module, batch:dict[str,Tensor], progress:Progress)->Loss:
+        super().check(stage, train, validation)
+        self.adversary.check()
+
+    def __call__(
+        self, student: nn.Module, batch: dict[str, Tensor], progress: Progress
+    ) -> Loss:
         "Half of `annealing_loss` on either text, at this epoch's `phi`."
-        now, rewritten = self.phi(progress), play(self.adversary, student, batch, progress)
+        now, rewritten = (
+            self.phi(progress),
+            play(self.adversary, student, batch, progress),
+        )
         own, theirs = forward(student, joined(batch, rewritten)).chunk(2)
-        clean, adversarial = annealing_loss(own, batch["teacher_logits"], now), annealing_loss(theirs, self.adversary.teach(rewritten), now)
-        return Loss((clean + adversarial) / 2, {"phi": now, "clean": clean.detach(), "adversarial": adversarial.detach()})
+        clean, adversarial = (
+            annealing_loss(own, batch["teacher_logits"], now),
+            annealing_loss(theirs, self.adversary.teach(rewritten), now),
+        )
+        return Loss(
+            (clean + adversarial) / 2,
+            {"phi": now, "clean": clean.detach(), "adversarial": adversarial.detach()},
+        )
 
 # %% ../nbs/combined_kd.ipynb #ad44e5f5
 def recipe(
-    teacher:nn.Module|None=None, # live; None only to look at the recipe
-    generator:MaskedGenerator|None=None, # warmed up, over the teacher's vocabulary
-    tau_max:int=7, # largest temperature
-    epochs:tuple[int,int]=(14, 4), # of stage I (no labels) and of stage II (labels only)
-    lr:float=5e-4, # peak rate of both stages
-    batch_size:int=32, # rows per update, their adversarial twins not counted
-    label_validate_every:int=1, # epochs between validations in stage II
-    **adversary:Any, # settings of `AdversarialStep`: generator_steps, student_steps, mask_rate, clip, bf16, and its lr as generator_lr
-)->Recipe: # for `fit`
+    teacher: nn.Module | None = None,  # live; None only to look at the recipe
+    generator: MaskedGenerator
+    | None = None,  # warmed up, over the teacher's vocabulary
+    tau_max: int = 7,  # largest temperature
+    epochs: tuple[int, int] = (
+        14,
+        4,
+    ),  # of stage I (no labels) and of stage II (labels only)
+    lr: float = 5e-4,  # peak rate of both stages
+    batch_size: int = 32,  # rows per update, their adversarial twins not counted
+    label_validate_every: int = 1,  # epochs between validations in stage II
+    **adversary: Any,  # settings of `AdversarialStep`: generator_steps, student_steps, mask_rate, clip, bf16, and its lr as generator_lr
+) -> Recipe:  # for `fit`
     "Combined-KD: annealed logits on clean and adversarial text, best weights reloaded, fresh optimiser, hard labels."
-    temperature_schedule(epochs[0], tau_max)  # an impossible pair fails here, not an hour later
+    temperature_schedule(
+        epochs[0], tau_max
+    )  # an impossible pair fails here, not an hour later
     step = _adversary(teacher, generator, "mse", **adversary)
-    return Recipe((Stage(CombinedKD(step, tau_max), epochs[0], lr, batch_size, name="adversarial, annealed"),
-                   Stage(CrossEntropy(), epochs[1], lr, batch_size, validate_every=label_validate_every, name="labels")), (step,))
+    return Recipe(
+        (
+            Stage(
+                CombinedKD(step, tau_max),
+                epochs[0],
+                lr,
+                batch_size,
+                name="adversarial, annealed",
+            ),
+            Stage(
+                CrossEntropy(),
+                epochs[1],
+                lr,
+                batch_size,
+                validate_every=label_validate_every,
+                name="labels",
+            ),
+        ),
+        (step,),
+    )
+
 
 def mate_recipe(
-    teacher:nn.Module|None=None, generator:MaskedGenerator|None=None, # as in `recipe`
-    epochs:int=18, # passes over the rows
-    lr:float=5e-4, # peak rate
-    batch_size:int=32, # rows per update, their adversarial twins not counted
-    **adversary:Any, # as in `recipe`
-)->Recipe: # for `fit`
+    teacher: nn.Module | None = None,
+    generator: MaskedGenerator | None = None,  # as in `recipe`
+    epochs: int = 18,  # passes over the rows
+    lr: float = 5e-4,  # peak rate
+    batch_size: int = 32,  # rows per update, their adversarial twins not counted
+    **adversary: Any,  # as in `recipe`
+) -> Recipe:  # for `fit`
     "MATE-KD: one stage of three equal terms, and a generator that widens the KL."
     step = _adversary(teacher, generator, "kl", **adversary)
-    return Recipe((Stage(MateKD(step), epochs, lr, batch_size, name="adversarial"),), (step,))
+    return Recipe(
+        (Stage(MateKD(step), epochs, lr, batch_size, name="adversarial"),), (step,)
+    )
 
-def _adversary(teacher:Any, generator:Any, kind:str, generator_steps:int=10, student_steps:int=100, mask_rate:float=.3, generator_lr:float=5e-5, clip:float=5., bf16:bool=False)->AdversarialStep:
-    return AdversarialStep(teacher, generator, generator_steps, student_steps, mask_rate, generator_lr, kind, clip, bf16)
+
+def _adversary(
+    teacher: Any,
+    generator: Any,
+    kind: str,
+    generator_steps: int = 10,
+    student_steps: int = 100,
+    mask_rate: float = 0.3,
+    generator_lr: float = 5e-5,
+    clip: float = 5.0,
+    bf16: bool = False,
+) -> AdversarialStep:
+    return AdversarialStep(
+        teacher,
+        generator,
+        generator_steps,
+        student_steps,
+        mask_rate,
+        generator_lr,
+        kind,
+        clip,
+        bf16,
+    )

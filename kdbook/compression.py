@@ -8,15 +8,32 @@ __all__ = ['SHAPES', 'PLAIN', 'WAYS', 'RATES', 'EPOCHS', 'STUDIES', 'LAYERS', 'P
            'speed_part', 'side_by_side', 'speed_parts']
 
 # %% ../nbs/compression.ipynb #3629320b
-import hashlib, itertools, json, os, statistics, subprocess, sys, tempfile
+import hashlib
+import itertools
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
 from functools import lru_cache, partial
 from typing import Any, Callable
+
 import torch
 import torch.nn.functional as F
 from torch import nn
-from .benchmark import _task, provenance, scored, training_rows, write_json
-from .distillation import save_tensors
-from .kronecker import Factors, KroneckerLinear, Spec, _WAYS, kronecker_linear, kroneckerize, way_for
+
+from .benchmark import _task, provenance, scored, training_rows
+from .files import save_tensors, write_json
+from kdbook.kronecker import (
+    _WAYS,
+    Factors,
+    KroneckerLinear,
+    Spec,
+    kronecker_linear,
+    kroneckerize,
+    way_for,
+)
 from .methods import SEARCH_SEEDS, SETTINGS, movie_teacher
 from .studies import STUDIES, study_path
 from .training import CrossEntropy, Hinton, Recipe, Stage, describe, fit
@@ -27,230 +44,450 @@ PLAIN = {"2x128": (2, 128), "2x64": (2, 64), "1x32": (1, 32)}
 
 # %% ../nbs/compression.ipynb #dc061ac5
 def low_rank_spec(
-    config:Any, # of a BERT
-)->Spec:
+    config: Any,  # of a BERT
+) -> Spec:
     "Truncated singular values, which are Kronecker products too (n1 = m2 = 1), with the parameters of the 8 preset."
     d, f, v = config.hidden_size, config.intermediate_size, config.vocab_size
-    attention, ffn, words = (d * d // 4 + 4) // (2 * d), (d * f // 16 + 16) // (d + f), (v * d // 8) // (v + d)
-    return {"*.attention.self.*": (d, 1, attention), "*.attention.output.dense": (d, 1, attention),
-            "*.intermediate.dense": (f, 1, ffn), "*.layer.*.output.dense": (d, 1, ffn), "*word_embeddings": (v, 1, words)}
+    attention, ffn, words = (
+        (d * d // 4 + 4) // (2 * d),
+        (d * f // 16 + 16) // (d + f),
+        (v * d // 8) // (v + d),
+    )
+    return {
+        "*.attention.self.*": (d, 1, attention),
+        "*.attention.output.dense": (d, 1, attention),
+        "*.intermediate.dense": (f, 1, ffn),
+        "*.layer.*.output.dense": (d, 1, ffn),
+        "*word_embeddings": (v, 1, words),
+    }
 
 # %% ../nbs/compression.ipynb #5c7025c8
 @lru_cache(2)
-def _masked_lm()->nn.Module:
+def _masked_lm() -> nn.Module:
     "Stage one's teacher: MiniLM as downloaded, under a masked-LM head that is new."
     from kdbook.words import masked_generator
+
     generator = masked_generator(layers=6)
     generator.model.tokenizer = generator.tokenizer
     return generator.model
 
 # %% ../nbs/compression.ipynb #6829de99
-def _small(model:nn.Module, size:str)->nn.Module:
+def _small(model: nn.Module, size: str) -> nn.Module:
     "`model` at one of the sizes of SHAPES."
     from kdbook.kronecker_bert import bert_spec
-    ours = {"kronecker-4": bert_spec(model.config, (2, 2), (4, 2), 4), "low-rank": low_rank_spec(model.config)}
-    return kroneckerize(model, ours.get(size) or size.replace("kronecker", "kronecker-bert"))
+
+    ours = {
+        "kronecker-4": bert_spec(model.config, (2, 2), (4, 2), 4),
+        "low-rank": low_rank_spec(model.config),
+    }
+    return kroneckerize(
+        model, ours.get(size) or size.replace("kronecker", "kronecker-bert")
+    )
 
 # %% ../nbs/compression.ipynb #a7d04253
-def _pretrained(size:str)->nn.Module:
+def _pretrained(size: str) -> nn.Module:
     "The encoder after stage one: two passes over the 8,000 training sentences without their labels; kept in the user's cache."
     from filelock import FileLock
     from safetensors.torch import load_file
-    from kdbook.data import cache_dir
+
+    from kdbook.files import cache_dir
     from kdbook.kronecker_bert import pretraining_recipe
+
     teacher = _masked_lm()
-    student, recipe = _small(teacher, size), pretraining_recipe(teacher, epochs=2, bf16=True)
-    key = hashlib.sha256(f"{student.config.kronecker} {describe(recipe)}".encode()).hexdigest()[:12]
+    student, recipe = (
+        _small(teacher, size),
+        pretraining_recipe(teacher, epochs=2, bf16=True),
+    )
+    key = hashlib.sha256(
+        f"{student.config.kronecker} {describe(recipe)}".encode()
+    ).hexdigest()[:12]
     path = cache_dir() / "kronecker" / f"{size}-{key}.safetensors"
     path.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(str(path) + ".lock"):  # two parts may want the same one
         if not path.exists():
             rows = _task("movies")[0]["train"].select_columns(["idx", "text"])
-            student = fit(student, recipe, rows, seed=0, mixed_precision="bf16", progress=False).student
-            save_tensors({name: p.detach().contiguous() for name, p in student.named_parameters()}, path)
+            student = fit(
+                student, recipe, rows, seed=0, mixed_precision="bf16", progress=False
+            ).student
+            save_tensors(
+                {
+                    name: p.detach().contiguous()
+                    for name, p in student.named_parameters()
+                },
+                path,
+            )
     student.load_state_dict(load_file(path), strict=False)
     return student
 
 # %% ../nbs/compression.ipynb #3c840fe5
 WAYS = {  # title, whether stage one comes first, the objective of stage two
-    "both": ("both stages", True, "layers"), "no_stage_one": ("no stage one", False, "layers"), "no_distillation": ("stage one, then labels alone", True, "labels"),
-    "hinton": ("plain KD", False, "hinton"), "alone": ("labels alone", False, "labels"),
+    "both": ("both stages", True, "layers"),
+    "no_stage_one": ("no stage one", False, "layers"),
+    "no_distillation": ("stage one, then labels alone", True, "labels"),
+    "hinton": ("plain KD", False, "hinton"),
+    "alone": ("labels alone", False, "labels"),
 }
-RATES = {"layers": (3e-4, 1e-3, 3e-3), "labels": (1e-4, 3e-4, 1e-3), "plain": (3e-4, 1e-3, 3e-3)}
+RATES = {
+    "layers": (3e-4, 1e-3, 3e-3),
+    "labels": (1e-4, 3e-4, 1e-3),
+    "plain": (3e-4, 1e-3, 3e-3),
+}
 EPOCHS = 4  # of the task's 2,000 rows
 
 # %% ../nbs/compression.ipynb #9193a4ab
 def compression_recipe(
-    way:str, # a key of WAYS
-    lr:float, # peak rate
-)->Recipe: # for `fit`
+    way: str,  # a key of WAYS
+    lr: float,  # peak rate
+) -> Recipe:  # for `fit`
     "How a student of the study learns its task."
     from kdbook.kronecker_bert import recipe
+
     objective = WAYS[way][2]
-    if objective == "layers": return recipe(movie_teacher(), EPOCHS, lr, batch_size=40, bf16=True)
-    return Recipe((Stage(Hinton() if objective == "hinton" else CrossEntropy(), EPOCHS, lr, 40),))
+    if objective == "layers":
+        return recipe(movie_teacher(), EPOCHS, lr, batch_size=40, bf16=True)
+    return Recipe(
+        (Stage(Hinton() if objective == "hinton" else CrossEntropy(), EPOCHS, lr, 40),)
+    )
 
 # %% ../nbs/compression.ipynb #01cbc161
-def _first_student(size:str, way:str, seed:int)->nn.Module:
+def _first_student(size: str, way: str, seed: int) -> nn.Module:
     "The student before it learns the task."
     from kdbook.kronecker_bert import with_encoder
     from kdbook.models import student
-    if size in PLAIN: return student(*PLAIN[size], seed=seed)
+
+    if size in PLAIN:
+        return student(*PLAIN[size], seed=seed)
     small = _small(movie_teacher(), size)
     return with_encoder(small, _pretrained(size)) if WAYS[way][1] else small
 
 # %% ../nbs/compression.ipynb #65a225f8
-def _trained(size:str, way:str, lr:float, seed:int)->dict[str,Any]:
+def _trained(size: str, way: str, lr: float, seed: int) -> dict[str, Any]:
     "Train one student on the rows of its seed; what a record says of it."
     torch.set_num_threads(1)
     task, train, _ = _task("movies")
-    rows, small = training_rows(train, SETTINGS["same-rows"], seed), _first_student(size, way, seed)
-    run = fit(small, compression_recipe(way, lr), rows, task["validation"], seed=seed, mixed_precision="bf16", progress=False)
-    record = dict(settings=dict(size=size, way=way, lr=lr, seed=seed, epochs=EPOCHS), parameters=sum(p.numel() for p in run.student.parameters()), best=run.best, **provenance())
-    if seed in SEARCH_SEEDS: return record
+    rows, small = (
+        training_rows(train, SETTINGS["same-rows"], seed),
+        _first_student(size, way, seed),
+    )
+    run = fit(
+        small,
+        compression_recipe(way, lr),
+        rows,
+        task["validation"],
+        seed=seed,
+        mixed_precision="bf16",
+        progress=False,
+    )
+    record = dict(
+        settings=dict(size=size, way=way, lr=lr, seed=seed, epochs=EPOCHS),
+        parameters=sum(p.numel() for p in run.student.parameters()),
+        best=run.best,
+        **provenance(),
+    )
+    if seed in SEARCH_SEEDS:
+        return record
     record["splits"] = {}
-    for split in (s for s in task if s != "train"): record["splits"][split], _ = scored(run.student, task[split])
+    for split in (s for s in task if s != "train"):
+        record["splits"][split], _ = scored(run.student, task[split])
     return record
 
 # %% ../nbs/compression.ipynb #111518a7
-def _rates(size:str, way:str)->tuple[float,...]: return RATES["plain" if size in PLAIN else "layers" if WAYS[way][2] == "layers" else "labels"]
+def _rates(size: str, way: str) -> tuple[float, ...]:
+    return RATES[
+        "plain" if size in PLAIN else "layers" if WAYS[way][2] == "layers" else "labels"
+    ]
 
 # %% ../nbs/compression.ipynb #216629ab
-def rate_part(size:str, way:str, lr:float)->None:
+def rate_part(size: str, way: str, lr: float) -> None:
     "One run of the search over rates, judged on validation rows."
-    write_json(_trained(size, way, lr, SEARCH_SEEDS[0]), study_path("compression_rates", size, way, lr))
+    write_json(
+        _trained(size, way, lr, SEARCH_SEEDS[0]),
+        study_path("compression_rates", size, way, lr),
+    )
 
-def rate_parts(seeds:int)->dict[tuple,int]: # arguments of `rate_part` -> how long it is
+
+def rate_parts(
+    seeds: int,
+) -> dict[tuple, int]:  # arguments of `rate_part` -> how long it is
     "A search for each line of the comparison."
-    searched = [*((size, "both") for size in SHAPES), *(("kronecker-8", way) for way in WAYS if way != "both"), *((size, way) for size in PLAIN for way in ("hinton", "alone"))]
-    return {(size, way, lr): 1 if size in PLAIN else 10 for size, way in searched for lr in _rates(size, way)}
+    searched = [
+        *((size, "both") for size in SHAPES),
+        *(("kronecker-8", way) for way in WAYS if way != "both"),
+        *((size, way) for size in PLAIN for way in ("hinton", "alone")),
+    ]
+    return {
+        (size, way, lr): 1 if size in PLAIN else 10
+        for size, way in searched
+        for lr in _rates(size, way)
+    }
 
 # %% ../nbs/compression.ipynb #d408d019
 def chosen_rate(
-    size:str, # one of SHAPES, or a key of PLAIN
-    way:str, # a key of WAYS
-)->float:
+    size: str,  # one of SHAPES, or a key of PLAIN
+    way: str,  # a key of WAYS
+) -> float:
     "The rate with the best validation score; the smaller one on a tie. Raises `FileNotFoundError` where the search has not been run."
-    def score(lr:float)->float:
+
+    def score(lr: float) -> float:
         path = study_path("compression_rates", size, way, lr)
-        if not path.exists(): raise FileNotFoundError("no search over rates: python -m kdbook study compression_rates")
+        if not path.exists():
+            raise FileNotFoundError(
+                "no search over rates: python -m kdbook study compression_rates"
+            )
         return json.loads(path.read_text(encoding="utf-8"))["best"]["score"]
+
     return max(_rates(size, way), key=lambda lr: (score(lr), -lr))
 
 # %% ../nbs/compression.ipynb #c50dbf94
-def compression_part(size:str, way:str, seed:int)->None:
+def compression_part(size: str, way: str, seed: int) -> None:
     "Train, score and store one student."
-    write_json(_trained(size, way, chosen_rate(size, way), seed), study_path("compression", size, way, seed))
+    write_json(
+        _trained(size, way, chosen_rate(size, way), seed),
+        study_path("compression", size, way, seed),
+    )
 
 # %% ../nbs/compression.ipynb #90655a65
-def compression_parts(seeds:int)->dict[tuple,int]: # arguments of `compression_part` -> how long it is
+def compression_parts(
+    seeds: int,
+) -> dict[tuple, int]:  # arguments of `compression_part` -> how long it is
     "Every size by both stages, every way for the 8 preset, and the plain students."
-    sizes = [(size, "both") for size in ("kronecker-4", "kronecker-21", "kronecker-8", "low-rank")]
+    sizes = [
+        (size, "both")
+        for size in ("kronecker-4", "kronecker-21", "kronecker-8", "low-rank")
+    ]
     ways = [("kronecker-8", way) for way in WAYS if way != "both"]
     plain = [(size, way) for size in PLAIN for way in ("hinton", "alone")]
-    return {(*key, seed): 1 if key[0] in PLAIN else 10 for seed in range(seeds) for key in (*sizes, *ways, *plain)}
+    return {
+        (*key, seed): 1 if key[0] in PLAIN else 10
+        for seed in range(seeds)
+        for key in (*sizes, *ways, *plain)
+    }
 
-STUDIES |= {"compression_rates": (rate_part, rate_parts), "compression": (compression_part, compression_parts)}
+
+STUDIES |= {
+    "compression_rates": (rate_part, rate_parts),
+    "compression": (compression_part, compression_parts),
+}
 
 # %% ../nbs/compression.ipynb #71fdb527
 LAYERS = {  # of the paper's models, for a BERT 768 wide: A, B
-    "attention, 21": ((384, 48), (2, 16)), "W1, 21": ((16, 2), (192, 384)), "W2, 21": ((2, 16), (384, 192)),
-    "attention, 8": ((384, 384), (2, 2)), "W1, 8": ((8, 2), (384, 384)), "W2, 8": ((2, 8), (384, 384)),
+    "attention, 21": ((384, 48), (2, 16)),
+    "W1, 21": ((16, 2), (192, 384)),
+    "W2, 21": ((2, 16), (384, 192)),
+    "attention, 8": ((384, 384), (2, 2)),
+    "W1, 8": ((8, 2), (384, 384)),
+    "W2, 8": ((2, 8), (384, 384)),
 }
 
 # %% ../nbs/compression.ipynb #723ff2ac
 PROCESSES = 3  # for each part
-MEMORY = {"fresh": {}, "kept": {"MALLOC_MMAP_THRESHOLD_": "2000000000", "MALLOC_TRIM_THRESHOLD_": "2000000000", "MALLOC_TOP_PAD_": "1000000000"}}
+MEMORY = {
+    "fresh": {},
+    "kept": {
+        "MALLOC_MMAP_THRESHOLD_": "2000000000",
+        "MALLOC_TRIM_THRESHOLD_": "2000000000",
+        "MALLOC_TOP_PAD_": "1000000000",
+    },
+}
 
-def speed_part(what:str, memory:str)->None:
-    "Time one of TIMED on two threads in three processes, and store the median of their ratios. Memory is \"fresh\", or \"kept\": what is freed stays with the process (glibc)."
+
+def speed_part(what: str, memory: str) -> None:
+    'Time one of TIMED on two threads in three processes, and store the median of their ratios. Memory is "fresh", or "kept": what is freed stays with the process (glibc).'
     found = _median([_in_process(what, memory) for _ in range(PROCESSES)])
-    write_json(dict(what=what, memory=memory, processes=PROCESSES, found=found, **provenance()), study_path("speed", what, memory))
+    write_json(
+        dict(
+            what=what, memory=memory, processes=PROCESSES, found=found, **provenance()
+        ),
+        study_path("speed", what, memory),
+    )
 
-def _in_process(what:str, memory:str)->list[dict]:
-    code = f"import json, kdbook.compression as c; print(json.dumps(c.TIMED[{what!r}]()))"
-    run = subprocess.run([sys.executable, "-c", code], env=os.environ | {"OMP_NUM_THREADS": "2"} | MEMORY[memory], capture_output=True, text=True)
-    if run.returncode: raise RuntimeError(f"timing {what!r} failed:\n{run.stderr}")
+
+def _in_process(what: str, memory: str) -> list[dict]:
+    code = (
+        f"import json, kdbook.compression as c; print(json.dumps(c.TIMED[{what!r}]()))"
+    )
+    run = subprocess.run(
+        [sys.executable, "-c", code],
+        env=os.environ | {"OMP_NUM_THREADS": "2"} | MEMORY[memory],
+        capture_output=True,
+        text=True,
+    )
+    if run.returncode:
+        raise RuntimeError(f"timing {what!r} failed:\n{run.stderr}")
     return json.loads(run.stdout.splitlines()[-1])
 
 # %% ../nbs/compression.ipynb #d7df2949
-def _median(values:list)->Any:
+def _median(values: list) -> Any:
     "The median of numbers, also within lists and dicts of one form; of anything else the first."
     first = values[0]
-    if None in values: return None  # a system that does not say
-    if isinstance(first, dict): return {key: _median([value[key] for value in values]) for key in first}
-    if isinstance(first, list): return [_median(list(each)) for each in zip(*values)]
+    if None in values:
+        return None  # a system that does not say
+    if isinstance(first, dict):
+        return {key: _median([value[key] for value in values]) for key in first}
+    if isinstance(first, list):
+        return [_median(list(each)) for each in zip(*values)]
     return statistics.median(values) if isinstance(first, (int, float)) else first
 
 # %% ../nbs/compression.ipynb #b37d2217
 def side_by_side(
-    calls:dict[str,Callable[[],Any]], # what is timed
-    rounds:int=6, # of all calls in turn
-)->dict[str,float]: # seconds per call, in the quickest round: what else the machine does only adds to it
+    calls: dict[str, Callable[[], Any]],  # what is timed
+    rounds: int = 6,  # of all calls in turn
+) -> dict[
+    str, float
+]:  # seconds per call, in the quickest round: what else the machine does only adds to it
     "Time several calls in turn on two threads, each for about a thirtieth of a second, or once."
     from torch.utils.benchmark import Timer
-    timers = {name: Timer("call()", globals={"call": call}, num_threads=2) for name, call in calls.items()}
-    repeats = {name: max(1, int(.03 / timer.timeit(2).mean)) for name, timer in timers.items()}
-    found = [{name: timer.timeit(repeats[name]).mean for name, timer in timers.items()} for _ in range(rounds)]
+
+    timers = {
+        name: Timer("call()", globals={"call": call}, num_threads=2)
+        for name, call in calls.items()
+    }
+    repeats = {
+        name: max(1, int(0.03 / timer.timeit(2).mean)) for name, timer in timers.items()
+    }
+    found = [
+        {name: timer.timeit(repeats[name]).mean for name, timer in timers.items()}
+        for _ in range(rounds)
+    ]
     return {name: min(each[name] for each in found) for name in calls}
 
 # %% ../nbs/compression.ipynb #e59583fd
-def _forward(layers:list[nn.Module], x:torch.Tensor)->Callable[[],None]:
+def _forward(layers: list[nn.Module], x: torch.Tensor) -> Callable[[], None]:
     @torch.no_grad()
     def call():
-        for layer in layers: layer(x)
+        for layer in layers:
+            layer(x)
+
     return call
 
-def _training(layers:list[nn.Module], x:torch.Tensor)->Callable[[],None]:
+
+def _training(layers: list[nn.Module], x: torch.Tensor) -> Callable[[], None]:
     x, grad = x.clone().requires_grad_(), torch.randn(len(x), layers[0].out_features)
+
     def call():
-        for layer in layers: layer(x).backward(grad)
+        for layer in layers:
+            layer(x).backward(grad)
+
     return call
 
 # %% ../nbs/compression.ipynb #fd770206
-def _time_layers()->list[dict]:
+def _time_layers() -> list[dict]:
     "Dense over Kronecker, for one layer again and again, and for twelve in turn, as a BERT has them."
     found = []
     for (name, (a, b)), rows in itertools.product(LAYERS.items(), (4096, 128)):
         m, n = a[0] * b[0], a[1] * b[1]
-        for stack, (what, timed) in itertools.product((1, 12) if rows == 128 else (1,), {"forward": _forward, "training": _training}.items()):
-            x, layers = torch.randn(rows, n), dict(dense=[nn.Linear(n, m) for _ in range(stack)], kronecker=[KroneckerLinear(n, m, a) for _ in range(stack)])
-            seconds = side_by_side({kind: timed(each, x) for kind, each in layers.items()})
-            found.append(dict(name=name, a=a, b=b, rows=rows, stack=stack, what=what, ratio=round(seconds["dense"] / seconds["kronecker"], 2)))
+        for stack, (what, timed) in itertools.product(
+            (1, 12) if rows == 128 else (1,),
+            {"forward": _forward, "training": _training}.items(),
+        ):
+            x, layers = (
+                torch.randn(rows, n),
+                dict(
+                    dense=[nn.Linear(n, m) for _ in range(stack)],
+                    kronecker=[KroneckerLinear(n, m, a) for _ in range(stack)],
+                ),
+            )
+            seconds = side_by_side(
+                {kind: timed(each, x) for kind, each in layers.items()}
+            )
+            found.append(
+                dict(
+                    name=name,
+                    a=a,
+                    b=b,
+                    rows=rows,
+                    stack=stack,
+                    what=what,
+                    ratio=round(seconds["dense"] / seconds["kronecker"], 2),
+                )
+            )
     return found
 
 # %% ../nbs/compression.ipynb #71a1f070
-def _time_ways()->list[dict]:
+def _time_ways() -> list[dict]:
     "Every way of multiplying, without bias, 4,096 rows: dense over that way."
     found = []
     for name, (a, b) in LAYERS.items():
-        factors, x = Factors(torch.randn(1, *a), torch.randn(1, *b)), torch.randn(4096, a[1] * b[1])
+        factors, x = (
+            Factors(torch.randn(1, *a), torch.randn(1, *b)),
+            torch.randn(4096, a[1] * b[1]),
+        )
         weight = factors.product()
-        seconds = side_by_side({"dense": lambda: F.linear(x, weight), **{f"{w.first} {w.layout}": partial(kronecker_linear, x, factors, None, w) for w in _WAYS}}, 3)
+        seconds = side_by_side(
+            {
+                "dense": lambda: F.linear(x, weight),
+                **{
+                    f"{w.first} {w.layout}": partial(
+                        kronecker_linear, x, factors, None, w
+                    )
+                    for w in _WAYS
+                },
+            },
+            3,
+        )
         best = way_for(a, b)
-        found.append(dict(name=name, chosen=f"{best.first} {best.layout}", ratios={w: round(seconds["dense"] / s, 2) for w, s in seconds.items() if w != "dense"}))
+        found.append(
+            dict(
+                name=name,
+                chosen=f"{best.first} {best.layout}",
+                ratios={
+                    w: round(seconds["dense"] / s, 2)
+                    for w, s in seconds.items()
+                    if w != "dense"
+                },
+            )
+        )
     return found
 
 # %% ../nbs/compression.ipynb #004daf75
-def _encoders()->dict[str,Any]: # name -> a function that makes the model
+def _encoders() -> dict[str, Any]:  # name -> a function that makes the model
     from transformers import BertConfig, BertModel
-    from kdbook.kronecker_bert import PRESETS, KroneckerBertConfig, KroneckerBertModel, preset
+
+    from kdbook.kronecker_bert import (
+        PRESETS,
+        KroneckerBertConfig,
+        KroneckerBertModel,
+        preset,
+    )
+
     config = BertConfig()
-    return {"BERT-base": lambda: BertModel(config)} | {name: partial(lambda name: KroneckerBertModel(KroneckerBertConfig(kronecker=preset(name, config))), name) for name in PRESETS}
+    return {"BERT-base": lambda: BertModel(config)} | {
+        name: partial(
+            lambda name: KroneckerBertModel(
+                KroneckerBertConfig(kronecker=preset(name, config))
+            ),
+            name,
+        )
+        for name in PRESETS
+    }
 
 # %% ../nbs/compression.ipynb #9f2ed865
-def _time_encoders()->list[dict]:
+def _time_encoders() -> list[dict]:
     "Whole encoders with random weights, 32 texts of 128 words: dense over compressed, and the memory that weights and one forward pass take."
     torch.manual_seed(0)
-    models, ids = {name: make().eval() for name, make in _encoders().items()}, torch.randint(1000, 2000, (32, 128))
-    seconds = side_by_side({name: _forward([model], ids) for name, model in models.items()}, 2)
+    models, ids = (
+        {name: make().eval() for name, make in _encoders().items()},
+        torch.randint(1000, 2000, (32, 128)),
+    )
+    seconds = side_by_side(
+        {name: _forward([model], ids) for name, model in models.items()}, 2
+    )
     with tempfile.TemporaryDirectory() as folder:
-        for name, model in models.items(): model.save_pretrained(f"{folder}/{name}")
+        for name, model in models.items():
+            model.save_pretrained(f"{folder}/{name}")
         memory = {name: _peak(f"{folder}/{name}") for name in models}
-    return [dict(name=name, parameters=sum(p.numel() for p in model.parameters()), ratio=round(seconds["BERT-base"] / seconds[name], 2), megabytes=memory[name]) for name, model in models.items()]
+    return [
+        dict(
+            name=name,
+            parameters=sum(p.numel() for p in model.parameters()),
+            ratio=round(seconds["BERT-base"] / seconds[name], 2),
+            megabytes=memory[name],
+        )
+        for name, model in models.items()
+    ]
 
 # %% ../nbs/compression.ipynb #68aa102b
-def _peak(folder:str)->int|None: # megabytes; None where the system does not say
+def _peak(folder: str) -> int | None:  # megabytes; None where the system does not say
     "Peak memory of a fresh process that loads a model and runs it once, above what it had before."
     code = """import sys, torch, kdbook.kronecker_bert
 from transformers import AutoModel
@@ -258,26 +495,52 @@ said = lambda key: int(next(line for line in open('/proc/self/status') if line.s
 before, model = said('VmRSS'), AutoModel.from_pretrained(sys.argv[1]).eval()
 with torch.no_grad(): model(torch.randint(1000, 2000, (32, 128)))
 print((said('VmHWM') - before) // 1024)"""
-    run = subprocess.run([sys.executable, "-c", code, folder], capture_output=True, text=True)
+    run = subprocess.run(
+        [sys.executable, "-c", code, folder], capture_output=True, text=True
+    )
     return int(run.stdout.split()[-1]) if run.returncode == 0 else None
 
 # %% ../nbs/compression.ipynb #ede8abb9
-def _time_students()->list[dict]:
+def _time_students() -> list[dict]:
     "The movie students: dense MiniLM over each, one sentence and thirty-two, of 26 words."
     from kdbook.models import student
+
     teacher, found = movie_teacher(), []
-    models = {"MiniLM": teacher} | {size: _small(teacher, size) for size in SHAPES} | {size: student(*how) for size, how in PLAIN.items()}
+    models = (
+        {"MiniLM": teacher}
+        | {size: _small(teacher, size) for size in SHAPES}
+        | {size: student(*how) for size, how in PLAIN.items()}
+    )
     for rows in (1, 32):
         ids = torch.randint(1000, 2000, (rows, 26))
-        seconds = side_by_side({name: _forward([model.eval()], ids) for name, model in models.items()})
-        found += [dict(name=name, rows=rows, parameters=sum(p.numel() for p in model.parameters()), ratio=round(seconds["MiniLM"] / seconds[name], 2)) for name, model in models.items()]
+        seconds = side_by_side(
+            {name: _forward([model.eval()], ids) for name, model in models.items()}
+        )
+        found += [
+            dict(
+                name=name,
+                rows=rows,
+                parameters=sum(p.numel() for p in model.parameters()),
+                ratio=round(seconds["MiniLM"] / seconds[name], 2),
+            )
+            for name, model in models.items()
+        ]
     return found
 
 # %% ../nbs/compression.ipynb #583a73fa
-TIMED = {"layers": _time_layers, "ways": _time_ways, "encoders": _time_encoders, "students": _time_students}
+TIMED = {
+    "layers": _time_layers,
+    "ways": _time_ways,
+    "encoders": _time_encoders,
+    "students": _time_students,
+}
 
-def speed_parts(seeds:int)->dict[tuple,int]: # arguments of `speed_part` -> how long it is
+
+def speed_parts(
+    seeds: int,
+) -> dict[tuple, int]:  # arguments of `speed_part` -> how long it is
     "Everything that is timed, with both kinds of memory. For an idle machine: `--jobs 1`."
     return {(what, memory): 1 for what in TIMED for memory in MEMORY}
+
 
 STUDIES["speed"] = (speed_part, speed_parts)

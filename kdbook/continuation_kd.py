@@ -8,153 +8,239 @@ __all__ = ['hinge_loss', 'linear_psi', 'step_psi', 'paper_psi', 'check_psi', 'mi
 
 # %% ../nbs/continuation_kd.ipynb #43bae09b
 from typing import Callable, Literal, Sequence
+
 from torch import Tensor, nn
+
 from .annealing_kd import annealing_loss, phi, temperature_schedule
-from .distillation import forward, reduce_loss
-from .training import Loss, Progress, Recipe, Stage, label_loss
+from .losses import label_loss, reduce_loss
+from .rows import forward
+from .training import Loss, Progress, Recipe, Stage
 
 # %% ../nbs/continuation_kd.ipynb #8456214b
 def hinge_loss(
-    student_logits:Tensor, # (batch, num_labels), or (batch, 1) for regression
-    teacher_logits:Tensor, # same shape; receives no gradient
-    phi:float=1.0, # in (0, 1]: scale of the teacher's logits, and of the margin
-    margin:float=0.1, # >= 0, in squared logits; 0 is `annealing_loss`
-    hinge:Literal["sample","batch"]="sample", # what has the margin: each example, or the mean of the batch
-    reduction:Literal["mean","none"]="mean", # "none": one value per example, for hinge="sample"
-)->Tensor: # squared logits, mean over classes
+    student_logits: Tensor,  # (batch, num_labels), or (batch, 1) for regression
+    teacher_logits: Tensor,  # same shape; receives no gradient
+    phi: float = 1.0,  # in (0, 1]: scale of the teacher's logits, and of the margin
+    margin: float = 0.1,  # >= 0, in squared logits; 0 is `annealing_loss`
+    hinge: Literal[
+        "sample", "batch"
+    ] = "sample",  # what has the margin: each example, or the mean of the batch
+    reduction: Literal[
+        "mean", "none"
+    ] = "mean",  # "none": one value per example, for hinge="sample"
+) -> Tensor:  # squared logits, mean over classes
     """How far the student is outside the margin around the scaled teacher (Jafari et al. 2022, Eq. 4): a scalar, or (batch,).
 
     Raises `ValueError` for a negative margin, a `phi` outside (0, 1], unequal shapes, an unknown `hinge` or `reduction`,
     and values per example of a batch's hinge."""
-    if margin < 0: raise ValueError(f"margin must be >= 0, got {margin}")
-    if hinge not in ("sample", "batch"): raise ValueError(f'hinge must be "sample" or "batch", got {hinge!r}')
-    if hinge == "batch" and reduction == "none": raise ValueError('hinge="batch" has one value per batch: reduction must be "mean", got "none"')
+    if margin < 0:
+        raise ValueError(f"margin must be >= 0, got {margin}")
+    if hinge not in ("sample", "batch"):
+        raise ValueError(f'hinge must be "sample" or "batch", got {hinge!r}')
+    if hinge == "batch" and reduction == "none":
+        raise ValueError(
+            'hinge="batch" has one value per batch: reduction must be "mean", got "none"'
+        )
     distance = annealing_loss(student_logits, teacher_logits, phi, "none")
-    if hinge == "batch": distance = distance.mean()
+    if hinge == "batch":
+        distance = distance.mean()
     return reduce_loss((distance - margin * phi).clamp(min=0), reduction)
 
 # %% ../nbs/continuation_kd.ipynb #987363e0
 def linear_psi(
-    epochs:int, # of the stage, >= 2 with the defaults
-    start:int=1, # the last epoch with weight 0, from 0
-    end:int|None=None, # the first epoch with weight 1, above `start`; default: the last epoch
-)->list[float]: # weight of the labels in epochs 1, 2, ...: never falling, in [0, 1]
+    epochs: int,  # of the stage, >= 2 with the defaults
+    start: int = 1,  # the last epoch with weight 0, from 0
+    end: int
+    | None = None,  # the first epoch with weight 1, above `start`; default: the last epoch
+) -> list[float]:  # weight of the labels in epochs 1, 2, ...: never falling, in [0, 1]
     "0 up to epoch `start`, 1 from epoch `end` on, a straight line between. Raises `ValueError` if `end` is not above `start`."
     end = epochs if end is None else end
-    if start < 0 or end <= start: raise ValueError(f"the hand-over must end after it starts, got start={start}, end={end} of {epochs} epochs")
-    return [min(1., max(0., (epoch - start) / (end - start))) for epoch in range(1, epochs + 1)]
+    if start < 0 or end <= start:
+        raise ValueError(
+            f"the hand-over must end after it starts, got start={start}, end={end} of {epochs} epochs"
+        )
+    return [
+        min(1.0, max(0.0, (epoch - start) / (end - start)))
+        for epoch in range(1, epochs + 1)
+    ]
 
 # %% ../nbs/continuation_kd.ipynb #8850bbc3
 def step_psi(
-    epochs:int, # of the stage
-    after:int, # epochs with weight 0, 0 to `epochs`
-)->list[float]: # weight of the labels in epochs 1, 2, ...
+    epochs: int,  # of the stage
+    after: int,  # epochs with weight 0, 0 to `epochs`
+) -> list[float]:  # weight of the labels in epochs 1, 2, ...
     "All teacher, then all labels: Annealing-KD's two stages as a schedule (paper, Eq. 6). Raises `ValueError` outside 0 <= after <= epochs."
-    if not 0 <= after <= epochs: raise ValueError(f"after must be in 0..epochs, got after={after}, epochs={epochs}")
+    if not 0 <= after <= epochs:
+        raise ValueError(
+            f"after must be in 0..epochs, got after={after}, epochs={epochs}"
+        )
     return linear_psi(epochs, after, after + 1)
 
 # %% ../nbs/continuation_kd.ipynb #4339abd0
 def paper_psi(
-    epochs:int, # of the stage
-    which:Literal["glue","cifar"]="glue", # the schedule printed for these tasks
-)->list[float]: # weight of the labels in epochs 1, 2, ...
+    epochs: int,  # of the stage
+    which: Literal["glue", "cifar"] = "glue",  # the schedule printed for these tasks
+) -> list[float]:  # weight of the labels in epochs 1, 2, ...
     "The two printed schedules, stretched to `epochs`: Eq. 8 for 30 epochs of GLUE, Eq. 7 for 200 of CIFAR. Raises `ValueError` for another name."
-    if which not in ("glue", "cifar"): raise ValueError(f'which must be "glue" or "cifar", got {which!r}')
-    if which == "cifar": return [min(1., i / (0.75 * epochs)) for i in range(1, epochs + 1)]
-    return [0.75 * i / epochs if 3 * i <= 2 * epochs else 1. for i in range(1, epochs + 1)]
+    if which not in ("glue", "cifar"):
+        raise ValueError(f'which must be "glue" or "cifar", got {which!r}')
+    if which == "cifar":
+        return [min(1.0, i / (0.75 * epochs)) for i in range(1, epochs + 1)]
+    return [
+        0.75 * i / epochs if 3 * i <= 2 * epochs else 1.0 for i in range(1, epochs + 1)
+    ]
 
 # %% ../nbs/continuation_kd.ipynb #55940f07
 def check_psi(
-    psi:Sequence[float], # weights of the labels by epoch
-    epochs:int, # how many there must be
-)->None:
+    psi: Sequence[float],  # weights of the labels by epoch
+    epochs: int,  # how many there must be
+) -> None:
     "Raise `ValueError` for a wrong number of weights, one outside [0, 1], or one that falls."
     if len(psi) != epochs:
-        raise ValueError(f"psi has {len(psi)} weights for {epochs} epochs: give one per epoch, or a function of the number of epochs")
+        raise ValueError(
+            f"psi has {len(psi)} weights for {epochs} epochs: give one per epoch, or a function of the number of epochs"
+        )
     for i, weight in enumerate(psi):
-        if not 0 <= weight <= 1: raise ValueError(f"psi must be in [0, 1], got {weight} in epoch {i + 1}")
-        if i and weight < psi[i - 1]: raise ValueError(f"psi must not fall, got {psi[i - 1]} in epoch {i} and {weight} in epoch {i + 1}")
+        if not 0 <= weight <= 1:
+            raise ValueError(f"psi must be in [0, 1], got {weight} in epoch {i + 1}")
+        if i and weight < psi[i - 1]:
+            raise ValueError(
+                f"psi must not fall, got {psi[i - 1]} in epoch {i} and {weight} in epoch {i + 1}"
+            )
 
 # %% ../nbs/continuation_kd.ipynb #0fa8dff1
 def mixed_loss(
-    student_logits:Tensor, # (batch, num_labels), or (batch, 1) for regression
-    teacher_logits:Tensor, # same shape; receives no gradient
-    labels:Tensor, # (batch,); -100 marks a row without a label
-    phi:float, # in (0, 1]: scale of the teacher's logits
-    psi:float, # in [0, 1]: weight of the labels
-    margin:float=0.1, # >= 0, in squared logits
-    hinge:Literal["sample","batch"]="sample", # as in `hinge_loss`
-)->Loss: # its parts: phi, psi and both losses
+    student_logits: Tensor,  # (batch, num_labels), or (batch, 1) for regression
+    teacher_logits: Tensor,  # same shape; receives no gradient
+    labels: Tensor,  # (batch,); -100 marks a row without a label
+    phi: float,  # in (0, 1]: scale of the teacher's logits
+    psi: float,  # in [0, 1]: weight of the labels
+    margin: float = 0.1,  # >= 0, in squared logits
+    hinge: Literal["sample", "batch"] = "sample",  # as in `hinge_loss`
+) -> Loss:  # its parts: phi, psi and both losses
     """`psi` times cross-entropy (nats) plus `1 - psi` times `hinge_loss` (Jafari et al. 2022, Eq. 3); squared error for one output.
 
     Raises `ValueError` if `psi` is outside [0, 1], and as `hinge_loss` does."""
-    if not 0 <= psi <= 1: raise ValueError(f"psi must be in [0, 1], got {psi}")
+    if not 0 <= psi <= 1:
+        raise ValueError(f"psi must be in [0, 1], got {psi}")
     parts, terms = {"phi": phi, "psi": psi}, []
     if psi < 1:
         follow = hinge_loss(student_logits, teacher_logits, phi, margin, hinge)
-        parts["teacher_loss"] = follow.detach(); terms.append((1 - psi) * follow)
+        parts["teacher_loss"] = follow.detach()
+        terms.append((1 - psi) * follow)
     if psi > 0 and (labels != -100).any():
         hard = label_loss(student_logits, labels)
-        parts["label_loss"] = hard.detach(); terms.append(psi * hard)
+        parts["label_loss"] = hard.detach()
+        terms.append(psi * hard)
     return Loss(sum(terms) if terms else student_logits.sum() * 0, parts)
 
 # %% ../nbs/continuation_kd.ipynb #ee8d8d20
 def stage_phi(
-    psi:Sequence[float], # weight of the labels by epoch
-    tau_max:int, # largest temperature, >= 1
-    anneal:Literal["teacher","all"]="teacher", # rise over the epochs with psi < 1, or over all, as Algorithm 1 counts
-)->list[float]: # phi of each epoch, in (0, 1]
+    psi: Sequence[float],  # weight of the labels by epoch
+    tau_max: int,  # largest temperature, >= 1
+    anneal: Literal[
+        "teacher", "all"
+    ] = "teacher",  # rise over the epochs with psi < 1, or over all, as Algorithm 1 counts
+) -> list[float]:  # phi of each epoch, in (0, 1]
     "The scale of the teacher's logits by epoch. Raises `ValueError` where a temperature would get no epoch, and for another `anneal`."
-    if anneal not in ("teacher", "all"): raise ValueError(f'anneal must be "teacher" or "all", got {anneal!r}')
+    if anneal not in ("teacher", "all"):
+        raise ValueError(f'anneal must be "teacher" or "all", got {anneal!r}')
     epochs, heard = len(psi), sum(weight < 1 for weight in psi)
     if anneal == "all":
-        if epochs < tau_max: raise ValueError(f"{epochs} epochs cannot hold {tau_max} temperatures: give at least tau_max={tau_max} epochs")
-        temperatures = [max(1, tau_max - i // (epochs // tau_max)) for i in range(1, epochs + 1)]
-    else: temperatures = (temperature_schedule(heard, tau_max) if heard else []) + [1] * (epochs - heard)
+        if epochs < tau_max:
+            raise ValueError(
+                f"{epochs} epochs cannot hold {tau_max} temperatures: give at least tau_max={tau_max} epochs"
+            )
+        temperatures = [
+            max(1, tau_max - i // (epochs // tau_max)) for i in range(1, epochs + 1)
+        ]
+    else:
+        temperatures = (temperature_schedule(heard, tau_max) if heard else []) + [1] * (
+            epochs - heard
+        )
     return [phi(T, tau_max) for T in temperatures]
 
 # %% ../nbs/continuation_kd.ipynb #fc8a7c7b
 class ContinuationKD:
     "The annealed hinge and the labels in one objective. Raises `ValueError` for arguments out of range and an impossible `psi`."
-    requires, rows = ("label", "teacher_logits"), "all"
-    def __init__(self,
-        tau_max:int=7, # largest temperature, >= 1
-        margin:float=0.1, # >= 0, in squared logits
-        psi:Sequence[float]|Callable[[int],Sequence[float]]=linear_psi, # weights of the labels, or epochs -> weights
-        hinge:Literal["sample","batch"]="sample", # as in `hinge_loss`
-        anneal:Literal["teacher","all"]="teacher", # as in `stage_phi`
-    ):
-        if tau_max < 1: raise ValueError(f"tau_max must be >= 1, got {tau_max}")
-        if margin < 0: raise ValueError(f"margin must be >= 0, got {margin}")
-        for name, value, known in (("hinge", hinge, ("sample", "batch")), ("anneal", anneal, ("teacher", "all"))):
-            if value not in known: raise ValueError(f"{name} must be one of {known}, got {value!r}")
-        self.tau_max, self.margin, self.psi, self.hinge, self.anneal, self._schedules = tau_max, margin, psi, hinge, anneal, {}
 
-    def schedule(self, epochs:int)->list[tuple[float,float]]: # (phi, psi) of each epoch
+    requires, rows = ("label", "teacher_logits"), "all"
+
+    def __init__(
+        self,
+        tau_max: int = 7,  # largest temperature, >= 1
+        margin: float = 0.1,  # >= 0, in squared logits
+        psi: Sequence[float]
+        | Callable[
+            [int], Sequence[float]
+        ] = linear_psi,  # weights of the labels, or epochs -> weights
+        hinge: Literal["sample", "batch"] = "sample",  # as in `hinge_loss`
+        anneal: Literal["teacher", "all"] = "teacher",  # as in `stage_phi`
+    ):
+        if tau_max < 1:
+            raise ValueError(f"tau_max must be >= 1, got {tau_max}")
+        if margin < 0:
+            raise ValueError(f"margin must be >= 0, got {margin}")
+        for name, value, known in (
+            ("hinge", hinge, ("sample", "batch")),
+            ("anneal", anneal, ("teacher", "all")),
+        ):
+            if value not in known:
+                raise ValueError(f"{name} must be one of {known}, got {value!r}")
+        (
+            self.tau_max,
+            self.margin,
+            self.psi,
+            self.hinge,
+            self.anneal,
+            self._schedules,
+        ) = tau_max, margin, psi, hinge, anneal, {}
+
+    def schedule(
+        self, epochs: int
+    ) -> list[tuple[float, float]]:  # (phi, psi) of each epoch
         "What each epoch shows and weighs. Raises `ValueError` as `check_psi` and `stage_phi` do."
         psi = list(self.psi(epochs) if callable(self.psi) else self.psi)
         check_psi(psi, epochs)
         return list(zip(stage_phi(psi, self.tau_max, self.anneal), psi))
 
-    def check(self, stage:Stage, train:"datasets.Dataset", validation:"datasets.Dataset|None"=None)->None: "Called by `fit` before it starts."; self.schedule(stage.epochs)
+    def check(
+        self,
+        stage: Stage,
+        train: "datasets.Dataset",
+        validation: "datasets.Dataset|None" = None,
+    ) -> None:
+        "Called by `fit` before it starts."
+        self.schedule(stage.epochs)
 
-    def __call__(self, student:nn.Module, batch:dict[str,Tensor], progress:Progress)->Loss:
+    def __call__(
+        self, student: nn.Module, batch: dict[str, Tensor], progress: Progress
+    ) -> Loss:
         "The loss of this epoch; a part of weight 0 is not computed."
-        if progress.epochs not in self._schedules: self._schedules[progress.epochs] = self.schedule(progress.epochs)
+        if progress.epochs not in self._schedules:
+            self._schedules[progress.epochs] = self.schedule(progress.epochs)
         now = self._schedules[progress.epochs][min(progress.epoch, progress.epochs - 1)]
-        return mixed_loss(forward(student, batch), batch["teacher_logits"], batch["labels"], *now, self.margin, self.hinge)
+        return mixed_loss(
+            forward(student, batch),
+            batch["teacher_logits"],
+            batch["labels"],
+            *now,
+            self.margin,
+            self.hinge,
+        )
 
 # %% ../nbs/continuation_kd.ipynb #188890d0
 def recipe(
-    tau_max:int=7, # largest temperature, >= 1
-    margin:float=0.1, # >= 0, of the hinge, in squared logits
-    psi:Sequence[float]|Callable[[int],Sequence[float]]=linear_psi, # weight of the labels by epoch
-    epochs:int=18, # of the one stage, >= tau_max + 1 with the default psi
-    lr:float=5e-4, # peak rate
-    batch_size:int=32, # rows per update
-    hinge:Literal["sample","batch"]="sample", # as in `hinge_loss`
-    anneal:Literal["teacher","all"]="teacher", # as in `ContinuationKD`
-)->Recipe: # for `fit`
+    tau_max: int = 7,  # largest temperature, >= 1
+    margin: float = 0.1,  # >= 0, of the hinge, in squared logits
+    psi: Sequence[float]
+    | Callable[[int], Sequence[float]] = linear_psi,  # weight of the labels by epoch
+    epochs: int = 18,  # of the one stage, >= tau_max + 1 with the default psi
+    lr: float = 5e-4,  # peak rate
+    batch_size: int = 32,  # rows per update
+    hinge: Literal["sample", "batch"] = "sample",  # as in `hinge_loss`
+    anneal: Literal["teacher", "all"] = "teacher",  # as in `ContinuationKD`
+) -> Recipe:  # for `fit`
     "The one stage of Continuation-KD: annealed hinge and labels together, best validated weights kept. Raises `ValueError` for an impossible schedule."
     objective = ContinuationKD(tau_max, margin, psi, hinge, anneal)
     objective.schedule(epochs)  # an impossible schedule fails here, not an hour later

@@ -7,9 +7,12 @@ __all__ = ['OUT_OF_DOMAIN', 'accuracy', 'nll', 'agreement', 'wilson_interval', '
            'reliability', 'ece', 'rater_gap', 'out_of_domain', 'Attacked', 'show_changes', 'attack', 'evaluate']
 
 # %% ../nbs/evaluation.ipynb #6e2362ec
-import hashlib, json, warnings
+import hashlib
+import json
+import warnings
 from dataclasses import dataclass
 from typing import Any, Callable
+
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -17,37 +20,39 @@ from torch import Tensor, nn
 
 # %% ../nbs/evaluation.ipynb #75eed7c9
 def accuracy(
-    logits:Tensor, # (rows, num_labels)
-    labels:Tensor, # (rows,)
-)->float: # share of rows in [0, 1]
+    logits: Tensor,  # (rows, num_labels)
+    labels: Tensor,  # (rows,)
+) -> float:  # share of rows in [0, 1]
     "The share of rows whose largest logit is at the label."
-    if len(logits) != len(labels): raise ValueError(f"{len(logits)} rows of logits, but {len(labels)} labels")
+    if len(logits) != len(labels):
+        raise ValueError(f"{len(logits)} rows of logits, but {len(labels)} labels")
     return (logits.argmax(-1) == labels).float().mean().item()
 
 # %% ../nbs/evaluation.ipynb #34bdad6d
 def nll(
-    logits:Tensor, # (rows, num_labels)
-    labels:Tensor, # (rows,)
-)->float: # nats, >= 0
+    logits: Tensor,  # (rows, num_labels)
+    labels: Tensor,  # (rows,)
+) -> float:  # nats, >= 0
     "Mean negative log-likelihood of the labels: low only where confidence is deserved."
     return F.cross_entropy(logits.float(), labels).item()
 
 # %% ../nbs/evaluation.ipynb #26679566
 def agreement(
-    logits:Tensor, # (rows, num_labels)
-    others:Tensor, # (rows, num_labels)
-)->float: # share of rows in [0, 1]
+    logits: Tensor,  # (rows, num_labels)
+    others: Tensor,  # (rows, num_labels)
+) -> float:  # share of rows in [0, 1]
     "How often two models answer the same, right or wrong."
     return (logits.argmax(-1) == others.argmax(-1)).float().mean().item()
 
 # %% ../nbs/evaluation.ipynb #e4ad6f33
 def wilson_interval(
-    right:int, # correct rows
-    rows:int, # all rows, >= 1
-    level:float=0.95, # confidence level
-)->tuple[float,float]: # low and high share in [0, 1]
+    right: int,  # correct rows
+    rows: int,  # all rows, >= 1
+    level: float = 0.95,  # confidence level
+) -> tuple[float, float]:  # low and high share in [0, 1]
     "Wilson's score interval for an accuracy (Wilson 1927)."
     from scipy.stats import binomtest
+
     interval = binomtest(right, rows).proportion_ci(level, method="wilson")
     return float(interval.low), float(interval.high)
 
@@ -55,311 +60,638 @@ def wilson_interval(
 @dataclass(frozen=True)
 class Difference:
     "A paired difference of accuracies with its interval."
-    mean:float # ours minus theirs, in [-1, 1]
-    low:float # lower end of the interval
-    high:float # upper end
+
+    mean: float  # ours minus theirs, in [-1, 1]
+    low: float  # lower end of the interval
+    high: float  # upper end
 
     @property
-    def clear(self)->bool:
+    def clear(self) -> bool:
         "Whether the interval leaves zero out."
         return self.low > 0 or self.high < 0
 
-    def __str__(self)->str: return f"{100*self.mean:+.1f} [{100*self.low:+.1f}, {100*self.high:+.1f}]"
+    def __str__(self) -> str:
+        return f"{100 * self.mean:+.1f} [{100 * self.low:+.1f}, {100 * self.high:+.1f}]"
 
 # %% ../nbs/evaluation.ipynb #9810b932
 def paired_difference(
-    ours:np.ndarray, # (seeds, rows), 1 where a prediction is right
-    theirs:np.ndarray, # same shape: same seeds, same rows
-    level:float=0.95, # confidence level
-)->Difference: # in shares
+    ours: np.ndarray,  # (seeds, rows), 1 where a prediction is right
+    theirs: np.ndarray,  # same shape: same seeds, same rows
+    level: float = 0.95,  # confidence level
+) -> Difference:  # in shares
     """Mean of `ours - theirs`, with an interval that speaks about new seeds and new rows at once.
 
     Raises `ValueError` unless both are (seeds, rows) arrays of one shape with at least 2 seeds and 2 rows."""
     ours, theirs = np.asarray(ours, float), np.asarray(theirs, float)
     if ours.shape != theirs.shape or ours.ndim != 2 or min(ours.shape) < 2:
-        raise ValueError(f"need two (seeds, rows) arrays of one shape, at least 2 x 2; got {ours.shape} and {theirs.shape}")
+        raise ValueError(
+            f"need two (seeds, rows) arrays of one shape, at least 2 x 2; got {ours.shape} and {theirs.shape}"
+        )
     from scipy.stats import t
+
     d = ours - theirs
     seeds, rows = d.shape
-    by_seed, by_row, mean = d.mean(1, keepdims=True), d.mean(0, keepdims=True), float(d.mean())
-    rest = ((d - by_seed - by_row + mean)**2).sum() / ((seeds - 1) * (rows - 1)) / (seeds * rows)
+    by_seed, by_row, mean = (
+        d.mean(1, keepdims=True),
+        d.mean(0, keepdims=True),
+        float(d.mean()),
+    )
+    rest = (
+        ((d - by_seed - by_row + mean) ** 2).sum()
+        / ((seeds - 1) * (rows - 1))
+        / (seeds * rows)
+    )
     v_seed, v_row = by_seed.var(ddof=1) / seeds, by_row.var(ddof=1) / rows
     variance = max(v_seed + v_row - rest, v_seed, v_row)  # both hold `rest` once
-    if variance == 0: return Difference(mean, mean, mean)
+    if variance == 0:
+        return Difference(mean, mean, mean)
     freedom = variance**2 / (v_seed**2 / (seeds - 1) + v_row**2 / (rows - 1))
     half = t.ppf(0.5 + level / 2, max(1.0, freedom)) * variance**0.5
     return Difference(mean, float(mean - half), float(mean + half))
 
 # %% ../nbs/evaluation.ipynb #07bf0f4d
 def mcnemar(
-    ours:np.ndarray, # (rows,), 1 where a prediction is right
-    theirs:np.ndarray, # same rows
-)->float: # p-value in (0, 1]
+    ours: np.ndarray,  # (rows,), 1 where a prediction is right
+    theirs: np.ndarray,  # same rows
+) -> float:  # p-value in (0, 1]
     "Exact two-sided test that two students are right equally often, for these two and new rows (McNemar 1947). Raises `ValueError` if the shapes differ."
     from scipy.stats import binomtest
+
     ours, theirs = np.asarray(ours, bool), np.asarray(theirs, bool)
-    if ours.shape != theirs.shape or ours.ndim != 1: raise ValueError(f"need two (rows,) arrays of one length, got {ours.shape} and {theirs.shape}")
+    if ours.shape != theirs.shape or ours.ndim != 1:
+        raise ValueError(
+            f"need two (rows,) arrays of one length, got {ours.shape} and {theirs.shape}"
+        )
     won, lost = int((ours & ~theirs).sum()), int((theirs & ~ours).sum())
-    return float(binomtest(won, won + lost).pvalue) if won + lost else 1.
+    return float(binomtest(won, won + lost).pvalue) if won + lost else 1.0
 
 # %% ../nbs/evaluation.ipynb #5a20d74e
 def reliability(
-    logits:Tensor, # (rows, num_labels)
-    labels:Tensor, # (rows,)
-    bins:int=10, # equal-width bins of confidence
-)->Tensor: # (bins, 3): rows, mean confidence and accuracy of each bin; nan where it is empty
+    logits: Tensor,  # (rows, num_labels)
+    labels: Tensor,  # (rows,)
+    bins: int = 10,  # equal-width bins of confidence
+) -> (
+    Tensor
+):  # (bins, 3): rows, mean confidence and accuracy of each bin; nan where it is empty
     "What a reliability diagram shows (Guo et al. 2017, sec. 2)."
-    if bins < 1: raise ValueError(f"bins must be >= 1, got {bins}")
+    if bins < 1:
+        raise ValueError(f"bins must be >= 1, got {bins}")
     confidence, guess = F.softmax(logits.float(), dim=-1).max(-1)
     bin_of = (confidence * bins).long().clamp(max=bins - 1)
     rows = torch.bincount(bin_of, minlength=bins).double()
-    total = lambda values: torch.zeros(bins, dtype=torch.double, device=values.device).index_add(0, bin_of, values.double())
-    return torch.stack([rows, total(confidence) / rows, total(guess == labels) / rows], 1)
+    total = lambda values: torch.zeros(
+        bins, dtype=torch.double, device=values.device
+    ).index_add(0, bin_of, values.double())
+    return torch.stack(
+        [rows, total(confidence) / rows, total(guess == labels) / rows], 1
+    )
+
 
 def ece(
-    logits:Tensor, # (rows, num_labels)
-    labels:Tensor, # (rows,)
-    bins:int=10, # equal-width bins of confidence
-)->float: # in [0, 1]
+    logits: Tensor,  # (rows, num_labels)
+    labels: Tensor,  # (rows,)
+    bins: int = 10,  # equal-width bins of confidence
+) -> float:  # in [0, 1]
     "Expected calibration error: mean gap between confidence and accuracy, weighted by rows (Guo et al. 2017, eq. 3)."
     rows, confidence, right = reliability(logits, labels, bins).unbind(1)
     return float((rows * (right - confidence).abs()).nansum() / rows.sum())
 
 # %% ../nbs/evaluation.ipynb #e997b9c1
 def rater_gap(
-    logits:Tensor, # (rows, 2), negative and positive
-    human_probs:Tensor, # (rows, 3), shares of raters below, at and above zero
-)->float: # nats, >= 0
+    logits: Tensor,  # (rows, 2), negative and positive
+    human_probs: Tensor,  # (rows, 3), shares of raters below, at and above zero
+) -> float:  # nats, >= 0
     "Mean KL from the raters to the model; a vote of zero counts half to each side."
-    if logits.shape[-1] != 2 or human_probs.shape[-1] != 3: raise ValueError(f"need (rows, 2) logits and (rows, 3) shares, got {tuple(logits.shape)} and {tuple(human_probs.shape)}")
-    people = torch.stack([human_probs[:, 0], human_probs[:, 2]], -1).double() + human_probs[:, 1:2].double() / 2
-    return (torch.xlogy(people, people) - people * F.log_softmax(logits.double(), -1)).sum(-1).mean().item()
+    if logits.shape[-1] != 2 or human_probs.shape[-1] != 3:
+        raise ValueError(
+            f"need (rows, 2) logits and (rows, 3) shares, got {tuple(logits.shape)} and {tuple(human_probs.shape)}"
+        )
+    people = (
+        torch.stack([human_probs[:, 0], human_probs[:, 2]], -1).double()
+        + human_probs[:, 1:2].double() / 2
+    )
+    return (
+        (torch.xlogy(people, people) - people * F.log_softmax(logits.double(), -1))
+        .sum(-1)
+        .mean()
+        .item()
+    )
 
 # %% ../nbs/evaluation.ipynb #cf0934ac
-OUT_OF_DOMAIN = { # task -> sets with the same labels in the same order, elsewhere
-    "movies": ("cad_imdb_orig", "cad_imdb_revised", "imdb_1k", "yelp_polarity_1k", "amazon_books", "amazon_dvd"),
-    "sst2": ("advglue_sst2", "cad_imdb_orig", "cad_imdb_revised", "imdb_1k", "yelp_polarity_1k", "amazon_books", "amazon_dvd"),
-    "mnli": ("xnli_en", "snli", "advglue_mnli", "advglue_mnli_mm", "anli_r1", "anli_r2", "breaking_nli"),
-    "qqp": ("paws_qqp", "advglue_qqp"), "mrpc": ("pawsx_en", "paws_qqp"), "rte": ("advglue_rte",), "qnli": ("advglue_qnli",),
+OUT_OF_DOMAIN = {  # task -> sets with the same labels in the same order, elsewhere
+    "movies": (
+        "cad_imdb_orig",
+        "cad_imdb_revised",
+        "imdb_1k",
+        "yelp_polarity_1k",
+        "amazon_books",
+        "amazon_dvd",
+    ),
+    "sst2": (
+        "advglue_sst2",
+        "cad_imdb_orig",
+        "cad_imdb_revised",
+        "imdb_1k",
+        "yelp_polarity_1k",
+        "amazon_books",
+        "amazon_dvd",
+    ),
+    "mnli": (
+        "xnli_en",
+        "snli",
+        "advglue_mnli",
+        "advglue_mnli_mm",
+        "anli_r1",
+        "anli_r2",
+        "breaking_nli",
+    ),
+    "qqp": ("paws_qqp", "advglue_qqp"),
+    "mrpc": ("pawsx_en", "paws_qqp"),
+    "rte": ("advglue_rte",),
+    "qnli": ("advglue_qnli",),
 }
 
+
 def out_of_domain(
-    task:str, # a key of OUT_OF_DOMAIN
-    data_dir:Any=None, # folder with NAME/SPLIT.parquet; None: KDBOOK_DATA
-)->"datasets.DatasetDict": # the test rows of each set, or its validation rows where there are no others
+    task: str,  # a key of OUT_OF_DOMAIN
+    data_dir: Any = None,  # folder with NAME/SPLIT.parquet; None: KDBOOK_DATA
+) -> (
+    "datasets.DatasetDict"
+):  # the test rows of each set, or its validation rows where there are no others
     """Out-of-domain sets for a task, ready for `evaluate`.
 
     Raises `ValueError` for a task without any, and where no folder of data is named."""
     import os
+
     from datasets import DatasetDict
+
     from kdbook.data import load_task
-    if task not in OUT_OF_DOMAIN: raise ValueError(f"no out-of-domain sets for {task!r}; there are some for {', '.join(OUT_OF_DOMAIN)}")
+
+    if task not in OUT_OF_DOMAIN:
+        raise ValueError(
+            f"no out-of-domain sets for {task!r}; there are some for {', '.join(OUT_OF_DOMAIN)}"
+        )
     folder = data_dir or os.environ.get("KDBOOK_DATA")
-    if not folder: raise ValueError("the out-of-domain sets are read from a folder: give data_dir=, or set KDBOOK_DATA")
+    if not folder:
+        raise ValueError(
+            "the out-of-domain sets are read from a folder: give data_dir=, or set KDBOOK_DATA"
+        )
     found = {name: load_task(name, folder) for name in OUT_OF_DOMAIN[task]}
-    return DatasetDict({name: splits["test" if "test" in splits else "validation"] for name, splits in found.items()})
+    return DatasetDict(
+        {
+            name: splits["test" if "test" in splits else "validation"]
+            for name, splits in found.items()
+        }
+    )
 
 # %% ../nbs/evaluation.ipynb #325885b5
 @dataclass
 class Attacked:
     "What an attack did to every sentence: `rows` holds text, attacked, label, before, after, queries, words, changed, similarity."
-    rows:list[dict[str,Any]]
+
+    rows: list[dict[str, Any]]
 
     @property
-    def accuracy(self)->float: "Share of sentences answered right before the attack, in [0, 1]."; return _share(r["before"] == r["label"] for r in self.rows)
+    def accuracy(self) -> float:
+        "Share of sentences answered right before the attack, in [0, 1]."
+        return _share(r["before"] == r["label"] for r in self.rows)
+
     @property
-    def under_attack(self)->float: "Share answered right after it."; return _share(r["after"] == r["label"] for r in self.rows)
+    def under_attack(self) -> float:
+        "Share answered right after it."
+        return _share(r["after"] == r["label"] for r in self.rows)
+
     @property
-    def success_rate(self)->float: "Share of the right answers that were turned."; return _share(r["after"] != r["label"] for r in self._tried)
+    def success_rate(self) -> float:
+        "Share of the right answers that were turned."
+        return _share(r["after"] != r["label"] for r in self._tried)
+
     @property
-    def words_changed(self)->float: "Mean share of words that a successful attack replaced."; return _mean([len(r["changed"]) / r["words"] for r in self.turned])
+    def words_changed(self) -> float:
+        "Mean share of words that a successful attack replaced."
+        return _mean([len(r["changed"]) / r["words"] for r in self.turned])
+
     @property
-    def queries(self)->float: "Mean number of answers asked of the model for a sentence it had right."; return _mean([r["queries"] for r in self._tried])
+    def queries(self) -> float:
+        "Mean number of answers asked of the model for a sentence it had right."
+        return _mean([r["queries"] for r in self._tried])
+
     @property
-    def texts(self)->list[str]: "The sentences as the attack left them; those it could not turn are as they were."; return [r["attacked"] if r["after"] != r["label"] else r["text"] for r in self.rows]
+    def texts(self) -> list[str]:
+        "The sentences as the attack left them; those it could not turn are as they were."
+        return [
+            r["attacked"] if r["after"] != r["label"] else r["text"] for r in self.rows
+        ]
+
     @property
-    def _tried(self)->list: return [r for r in self.rows if r["before"] == r["label"]]
+    def _tried(self) -> list:
+        return [r for r in self.rows if r["before"] == r["label"]]
+
     @property
-    def turned(self)->list[dict[str,Any]]: "The rows whose right answer was turned."; return [r for r in self._tried if r["after"] != r["label"]]
-    def summary(self)->dict[str,float]:
+    def turned(self) -> list[dict[str, Any]]:
+        "The rows whose right answer was turned."
+        return [r for r in self._tried if r["after"] != r["label"]]
+
+    def summary(self) -> dict[str, float]:
         "The five numbers by name."
-        return {name: getattr(self, name) for name in ("accuracy", "under_attack", "success_rate", "words_changed", "queries")}
-    def _repr_html_(self)->str: "The first successes, changed words in colour."; return show_changes(self.turned[:5])
+        return {
+            name: getattr(self, name)
+            for name in (
+                "accuracy",
+                "under_attack",
+                "success_rate",
+                "words_changed",
+                "queries",
+            )
+        }
+
+    def _repr_html_(self) -> str:
+        "The first successes, changed words in colour."
+        return show_changes(self.turned[:5])
 
 # %% ../nbs/evaluation.ipynb #48a2945e
-def _mean(values:list)->float: return sum(values) / len(values) if values else float("nan")
-def _share(hits:Any)->float: return _mean([float(hit) for hit in hits])
+def _mean(values: list) -> float:
+    return sum(values) / len(values) if values else float("nan")
+
+
+def _share(hits: Any) -> float:
+    return _mean([float(hit) for hit in hits])
+
 
 def show_changes(
-    rows:list[dict[str,Any]], # of an `Attacked`
-)->str: # HTML
+    rows: list[dict[str, Any]],  # of an `Attacked`
+) -> str:  # HTML
     "Sentences with the old word struck out and the new one beside it."
     from html import escape
+
     from kdbook.words import pieces_of
-    old, new = "background:#f6d5c3;color:#222;text-decoration:line-through", "background:#cfe3f2;color:#222"
+
+    old, new = (
+        "background:#f6d5c3;color:#222;text-decoration:line-through",
+        "background:#cfe3f2;color:#222",
+    )
     out = []
     for row in rows:
-        pieces, changed = [escape(p) for p in pieces_of(row["text"])], {place: word for place, _, word in row["changed"]}
-        for place, word in changed.items(): pieces[place] = f'<span style="{old}">{pieces[place]}</span> <span style="{new}">{escape(word)}</span>'
+        pieces, changed = (
+            [escape(p) for p in pieces_of(row["text"])],
+            {place: word for place, _, word in row["changed"]},
+        )
+        for place, word in changed.items():
+            pieces[place] = (
+                f'<span style="{old}">{pieces[place]}</span> <span style="{new}">{escape(word)}</span>'
+            )
         out.append(f"<p>{row['before']} &rarr; {row['after']}: {''.join(pieces)}</p>")
     return "\n".join(out)
 
 # %% ../nbs/evaluation.ipynb #89c7a793
 class _Sentence:
     "One sentence under attack."
-    def __init__(self, text:str, label:int, probs:Tensor, pair:str|None):
+
+    def __init__(self, text: str, label: int, probs: Tensor, pair: str | None):
         from kdbook.words import pieces_of
-        self.text, self.label, self.pair, self.pieces = text, label, pair, pieces_of(text)
+
+        self.text, self.label, self.pair, self.pieces = (
+            text,
+            label,
+            pair,
+            pieces_of(text),
+        )
         self.before = self.after = int(probs.argmax())
-        self.sure, self.changed, self.similarity, self.queries, self.order = float(probs[label]), [], 1., 1, []
-    def using(self, place:int, word:str)->str: "The text as it stands, with another word at a place."; return "".join([*self.pieces[:place], word, *self.pieces[place + 1:]])
-    def take(self, place:int, word:str, probs:Tensor, similarity:float)->None:
+        self.sure, self.changed, self.similarity, self.queries, self.order = (
+            float(probs[label]),
+            [],
+            1.0,
+            1,
+            [],
+        )
+
+    def using(self, place: int, word: str) -> str:
+        "The text as it stands, with another word at a place."
+        return "".join([*self.pieces[:place], word, *self.pieces[place + 1 :]])
+
+    def take(self, place: int, word: str, probs: Tensor, similarity: float) -> None:
         "Make a change for good."
-        self.changed.append((place, self.pieces[place], word)); self.pieces[place] = word
-        self.after, self.sure, self.similarity = int(probs.argmax()), float(probs[self.label]), similarity
-    def row(self)->dict[str,Any]:
+        self.changed.append((place, self.pieces[place], word))
+        self.pieces[place] = word
+        self.after, self.sure, self.similarity = (
+            int(probs.argmax()),
+            float(probs[self.label]),
+            similarity,
+        )
+
+    def row(self) -> dict[str, Any]:
         "What an `Attacked` keeps of it."
         from kdbook.words import word_places
-        return dict(text=self.text, attacked="".join(self.pieces), label=self.label, before=self.before, after=self.after, queries=self.queries,
-                    words=max(1, len(word_places(self.pieces))), changed=self.changed, similarity=self.similarity)
+
+        return dict(
+            text=self.text,
+            attacked="".join(self.pieces),
+            label=self.label,
+            before=self.before,
+            after=self.after,
+            queries=self.queries,
+            words=max(1, len(word_places(self.pieces))),
+            changed=self.changed,
+            similarity=self.similarity,
+        )
 
 # %% ../nbs/evaluation.ipynb #6a7c3983
 class _Victim:
     "The model under attack: class probabilities for texts, each of which costs its sentence a query."
-    def __init__(self, model:nn.Module, batch_size:int=64, tokenizer:Any=None, max_length:int=64):
-        self.model, self.how = model, dict(batch_size=batch_size, tokenizer=tokenizer, max_length=max_length, progress=False)
-    def __call__(self, texts:list[str], pairs:list[str|None])->Tensor:
-        from datasets import Dataset
-        from kdbook.distillation import predict_logits
-        if not texts: return torch.empty(0, 1)
-        columns = {"text": texts} if pairs[0] is None else {"text": texts, "text_pair": pairs}
-        return predict_logits(self.model, Dataset.from_dict(columns), **self.how).softmax(-1)
-    def ask(self, asked:list[tuple[_Sentence,str]])->Tensor: # (len(asked), num_labels)
-        for sentence, _ in asked: sentence.queries += 1
-        return self([text for _, text in asked], [sentence.pair for sentence, _ in asked])
 
-def _rank(sentences:list[_Sentence], victim:_Victim, max_queries:int)->None:
+    def __init__(
+        self,
+        model: nn.Module,
+        batch_size: int = 64,
+        tokenizer: Any = None,
+        max_length: int = 64,
+    ):
+        self.model, self.how = (
+            model,
+            dict(
+                batch_size=batch_size,
+                tokenizer=tokenizer,
+                max_length=max_length,
+                progress=False,
+            ),
+        )
+
+    def __call__(self, texts: list[str], pairs: list[str | None]) -> Tensor:
+        from datasets import Dataset
+
+        from kdbook.rows import predict_logits
+
+        if not texts:
+            return torch.empty(0, 1)
+        columns = (
+            {"text": texts} if pairs[0] is None else {"text": texts, "text_pair": pairs}
+        )
+        return predict_logits(
+            self.model, Dataset.from_dict(columns), **self.how
+        ).softmax(-1)
+
+    def ask(
+        self, asked: list[tuple[_Sentence, str]]
+    ) -> Tensor:  # (len(asked), num_labels)
+        for sentence, _ in asked:
+            sentence.queries += 1
+        return self(
+            [text for _, text in asked], [sentence.pair for sentence, _ in asked]
+        )
+
+
+def _rank(sentences: list[_Sentence], victim: _Victim, max_queries: int) -> None:
     "Order each sentence's words by how much the right answer loses when the word is deleted."
     from kdbook.words import word_places
-    asked = [(s, place) for s in sentences for place in word_places(s.pieces)[:max_queries // 2]]
+
+    asked = [
+        (s, place)
+        for s in sentences
+        for place in word_places(s.pieces)[: max_queries // 2]
+    ]
     probs = victim.ask([(s, s.using(place, "")) for s, place in asked])
     drop = {}
-    for (s, place), p in zip(asked, probs): drop.setdefault(id(s), []).append((float(p[s.label]) - s.sure, place))
-    for s in sentences: s.order = [place for _, place in sorted(drop.get(id(s), []))]
+    for (s, place), p in zip(asked, probs):
+        drop.setdefault(id(s), []).append((float(p[s.label]) - s.sure, place))
+    for s in sentences:
+        s.order = [place for _, place in sorted(drop.get(id(s), []))]
 
 # %% ../nbs/evaluation.ipynb #3f679950
-def _round(sentences:list[_Sentence], victim:_Victim, options:Callable, similarity:float, max_queries:int)->None:
+def _round(
+    sentences: list[_Sentence],
+    victim: _Victim,
+    options: Callable,
+    similarity: float,
+    max_queries: int,
+) -> None:
     "Each sentence tries the replacements for its next word, all sentences at once."
     asked = []
     for s in sentences:
         place = s.order.pop(0)
-        asked += [(s, place, word) for word in options(s.pieces[place])[:max_queries - s.queries]]
+        asked += [
+            (s, place, word)
+            for word in options(s.pieces[place])[: max_queries - s.queries]
+        ]
     probs = victim.ask([(s, s.using(place, word)) for s, place, word in asked])
     tried = {}
-    for (s, place, word), p in zip(asked, probs): tried.setdefault(id(s), (s, []))[1].append((place, word, p))
+    for (s, place, word), p in zip(asked, probs):
+        tried.setdefault(id(s), (s, []))[1].append((place, word, p))
     better = [(s, *c) for s, found in tried.values() for c in _promising(s, found)]
-    close = _similarities([(s.text, s.using(place, word)) for s, place, word, _ in better])
-    for s in sentences: _decide(s, [(place, word, p, c) for (t, place, word, p), c in zip(better, close) if t is s and c >= similarity])
+    close = _similarities(
+        [(s.text, s.using(place, word)) for s, place, word, _ in better]
+    )
+    for s in sentences:
+        _decide(
+            s,
+            [
+                (place, word, p, c)
+                for (t, place, word, p), c in zip(better, close)
+                if t is s and c >= similarity
+            ],
+        )
 
-def _promising(s:_Sentence, found:list)->list:
+
+def _promising(s: _Sentence, found: list) -> list:
     "Replacements that turn the answer, and the three others that cost it most."
     turned = [c for c in found if int(c[2].argmax()) != s.label]
-    others = [c for c in found if int(c[2].argmax()) == s.label and float(c[2][s.label]) < s.sure]
+    others = [
+        c
+        for c in found
+        if int(c[2].argmax()) == s.label and float(c[2][s.label]) < s.sure
+    ]
     return turned + sorted(others, key=lambda c: float(c[2][s.label]))[:3]
 
-def _decide(s:_Sentence, kept:list)->None:
-    "Of those that turn the answer the most similar; or else the one that costs it most."
-    if not kept: return
-    turned = [c for c in kept if int(c[2].argmax()) != s.label]
-    s.take(*(max(turned, key=lambda c: c[3]) if turned else min(kept, key=lambda c: float(c[2][s.label]))))
 
-def _similarities(pairs:list[tuple[str,str]])->list[float]:
+def _decide(s: _Sentence, kept: list) -> None:
+    "Of those that turn the answer the most similar; or else the one that costs it most."
+    if not kept:
+        return
+    turned = [c for c in kept if int(c[2].argmax()) != s.label]
+    s.take(
+        *(
+            max(turned, key=lambda c: c[3])
+            if turned
+            else min(kept, key=lambda c: float(c[2][s.label]))
+        )
+    )
+
+
+def _similarities(pairs: list[tuple[str, str]]) -> list[float]:
     from kdbook.words import sentence_vectors
-    if not pairs: return []
+
+    if not pairs:
+        return []
     texts = list(dict.fromkeys(text for pair in pairs for text in pair))
     vectors = dict(zip(texts, sentence_vectors(texts)))
     return [float(vectors[a] @ vectors[b]) for a, b in pairs]
 
 # %% ../nbs/evaluation.ipynb #8c98420c
 def attack(
-    model:nn.Module, # any classifier of texts
-    dataset:"datasets.Dataset", # rows with `text` (and `text_pair`, which stays as it is) and `label`
-    candidates:int=10, # replacements tried per word
-    allow:Callable[[str,str],bool]|None=None, # (word, other) -> whether it may stand in; default: `words.same_kind`
-    similarity:float=0.7, # smallest similarity of the changed sentence to the original, in [-1, 1]
-    max_queries:int=200, # answers asked of the model per sentence, at most half of them deletions
-    max_length:int=64, # tokens kept per text, as in training
-    batch_size:int=128, # texts per forward pass
-    tokenizer:Any=None, # default: the model's own
-    cache:bool=True, # keep the outcome in the user's cache; the next call with the same model, rows and settings reads it
-    progress:bool=True, # show a bar
-)->Attacked: # a row per sentence
+    model: nn.Module,  # any classifier of texts
+    dataset: "datasets.Dataset",  # rows with `text` (and `text_pair`, which stays as it is) and `label`
+    candidates: int = 10,  # replacements tried per word
+    allow: Callable[[str, str], bool]
+    | None = None,  # (word, other) -> whether it may stand in; default: `words.same_kind`
+    similarity: float = 0.7,  # smallest similarity of the changed sentence to the original, in [-1, 1]
+    max_queries: int = 200,  # answers asked of the model per sentence, at most half of them deletions
+    max_length: int = 64,  # tokens kept per text, as in training
+    batch_size: int = 128,  # texts per forward pass
+    tokenizer: Any = None,  # default: the model's own
+    cache: bool = True,  # keep the outcome in the user's cache; the next call with the same model, rows and settings reads it
+    progress: bool = True,  # show a bar
+) -> Attacked:  # a row per sentence
     """Replace words until the model errs: most important word first, neighbours in embedding space, greedily (TextFooler, Jin et al. 2020).
 
     Raises `ValueError` for rows without text or label, and for a budget that cannot hold a single query."""
     for name in ("text", "label"):
-        if name not in dataset.column_names: raise ValueError(f"an attack needs the column {name!r}, but the rows have {dataset.column_names}")
-    if min(max_queries, candidates) < 1: raise ValueError(f"max_queries and candidates must be >= 1, got {max_queries} and {candidates}")
-    if not -1 <= similarity <= 1: raise ValueError(f"similarity must be in [-1, 1], got {similarity}")
-    wrong = [label for label in dataset["label"] if not isinstance(label, int) or label < 0]
-    if wrong: raise ValueError(f"an attack needs class labels 0, 1, ...; found {wrong[0]!r}")
+        if name not in dataset.column_names:
+            raise ValueError(
+                f"an attack needs the column {name!r}, but the rows have {dataset.column_names}"
+            )
+    if min(max_queries, candidates) < 1:
+        raise ValueError(
+            f"max_queries and candidates must be >= 1, got {max_queries} and {candidates}"
+        )
+    if not -1 <= similarity <= 1:
+        raise ValueError(f"similarity must be in [-1, 1], got {similarity}")
+    wrong = [
+        label for label in dataset["label"] if not isinstance(label, int) or label < 0
+    ]
+    if wrong:
+        raise ValueError(f"an attack needs class labels 0, 1, ...; found {wrong[0]!r}")
     from kdbook.words import like_case, nearest_words, same_kind
+
     allow, near = allow or same_kind, nearest_words()
     settings = f"{_ATTACK} {candidates} {'same_kind' if allow is same_kind else repr(allow)} {similarity} {max_queries} {max_length}"
-    path = _attack_path(model, dataset, settings, tokenizer) if cache and "<" not in settings else None  # a function without a name of its own cannot be told from another
-    if path and path.exists(): return Attacked(json.loads(path.read_text(encoding="utf-8")))
-    def options(word): return [like_case(word, w) for w, _ in near(word, 50) if allow(word, w)][:candidates]
-    rows = _attacked(_Victim(model, batch_size, tokenizer, max_length), dataset, options, similarity, max_queries, progress)
-    if path: _keep(rows, path)
+    path = (
+        _attack_path(model, dataset, settings, tokenizer)
+        if cache and "<" not in settings
+        else None
+    )  # a function without a name of its own cannot be told from another
+    if path and path.exists():
+        return Attacked(json.loads(path.read_text(encoding="utf-8")))
+
+    def options(word):
+        return [like_case(word, w) for w, _ in near(word, 50) if allow(word, w)][
+            :candidates
+        ]
+
+    rows = _attacked(
+        _Victim(model, batch_size, tokenizer, max_length),
+        dataset,
+        options,
+        similarity,
+        max_queries,
+        progress,
+    )
+    if path:
+        _keep(rows, path)
     return Attacked(rows)
 
 # %% ../nbs/evaluation.ipynb #ffd48407
-def _attacked(victim:_Victim, dataset:Any, options:Callable, similarity:float, max_queries:int, progress:bool)->list[dict[str,Any]]:
+def _attacked(
+    victim: _Victim,
+    dataset: Any,
+    options: Callable,
+    similarity: float,
+    max_queries: int,
+    progress: bool,
+) -> list[dict[str, Any]]:
     from tqdm.auto import tqdm
+
     texts, labels = list(dataset["text"]), [int(label) for label in dataset["label"]]
-    pairs = list(dataset["text_pair"]) if "text_pair" in dataset.column_names else [None] * len(texts)
+    pairs = (
+        list(dataset["text_pair"])
+        if "text_pair" in dataset.column_names
+        else [None] * len(texts)
+    )
     probs = victim(texts, pairs)
-    if probs.shape[1] < 2 or max(labels) >= probs.shape[1]: raise ValueError(f"the model has {probs.shape[1]} outputs, and the labels go up to {max(labels)}: an attack needs a classifier of them")
+    if probs.shape[1] < 2 or max(labels) >= probs.shape[1]:
+        raise ValueError(
+            f"the model has {probs.shape[1]} outputs, and the labels go up to {max(labels)}: an attack needs a classifier of them"
+        )
     sentences = [_Sentence(*s) for s in zip(texts, labels, probs, pairs)]
     live = [s for s in sentences if s.before == s.label]
     _rank(live, victim, max_queries)
-    with tqdm(total=len(live), desc="attack", unit="sentence", leave=False, disable=not progress) as bar:
+    with tqdm(
+        total=len(live),
+        desc="attack",
+        unit="sentence",
+        leave=False,
+        disable=not progress,
+    ) as bar:
         while live:
-            live = [s for s in live if s.order and s.queries < max_queries and s.after == s.label]
+            live = [
+                s
+                for s in live
+                if s.order and s.queries < max_queries and s.after == s.label
+            ]
             bar.update(bar.total - len(live) - bar.n)
             _round(live, victim, options, similarity, max_queries)
     return [s.row() for s in sentences]
 
-def _attack_path(model:nn.Module, dataset:Any, settings:str, tokenizer:Any)->Any:
-    from kdbook.data import cache_dir
-    from kdbook.distillation import Rows, encode, fingerprint
-    columns = [c for c in ("text", "text_pair", "label") if c in dataset.column_names]
-    said = [list(dataset[c]) for c in columns]  # tokens would not tell apart what differs in case alone
-    key = f"{fingerprint(model, Rows(encode(dataset.select_columns(columns), model, tokenizer), ('label',)), 0)} {said} {settings}"
-    return cache_dir() / "attacks" / f"{hashlib.sha256(key.encode()).hexdigest()[:32]}.json"
 
-def _keep(rows:list, path:Any)->None:
-    from kdbook.distillation import whole_file
+def _attack_path(model: nn.Module, dataset: Any, settings: str, tokenizer: Any) -> Any:
+    from kdbook.files import cache_dir, fingerprint
+    from kdbook.rows import Rows, encode
+
+    columns = [c for c in ("text", "text_pair", "label") if c in dataset.column_names]
+    said = [
+        list(dataset[c]) for c in columns
+    ]  # tokens would not tell apart what differs in case alone
+    key = f"{fingerprint(model, Rows(encode(dataset.select_columns(columns), model, tokenizer), ('label',)), 0)} {said} {settings}"
+    return (
+        cache_dir()
+        / "attacks"
+        / f"{hashlib.sha256(key.encode()).hexdigest()[:32]}.json"
+    )
+
+
+def _keep(rows: list, path: Any) -> None:
+    from kdbook.files import whole_file
+
     try:
-        with whole_file(path) as temporary: temporary.write_text(json.dumps(rows), encoding="utf-8")
-    except OSError as e: warnings.warn(f"{path} cannot be written, so nothing is kept for next time: {e}")
+        with whole_file(path) as temporary:
+            temporary.write_text(json.dumps(rows), encoding="utf-8")
+    except OSError as e:
+        warnings.warn(
+            f"{path} cannot be written, so nothing is kept for next time: {e}"
+        )
+
 
 _ATTACK = 2  # raised whenever the same call would give another outcome
 
 # %% ../nbs/evaluation.ipynb #37a1fa22
 def evaluate(
-    student:nn.Module, # any classifier
-    task:"datasets.DatasetDict", # every split but train is scored
-    batch_size:int=64, # rows per forward pass
-)->"pandas.DataFrame": # one row a split
+    student: nn.Module,  # any classifier
+    task: "datasets.DatasetDict",  # every split but train is scored
+    batch_size: int = 64,  # rows per forward pass
+) -> "pandas.DataFrame":  # one row a split
     "Accuracy with its 95 % interval, nll and calibration error on every split but `train`."
     import pandas as pd
-    from kdbook.distillation import predict_logits
+
+    from kdbook.rows import predict_logits
+
     table = []
     for split, rows in task.items():
-        if split == "train": continue
-        logits, labels = predict_logits(student, rows, batch_size), torch.tensor(rows["label"])
-        low, high = wilson_interval(int((logits.argmax(-1) == labels).sum()), len(labels))
-        table.append(dict(split=split, rows=len(labels), accuracy=accuracy(logits, labels), low=low, high=high,
-                          nll=nll(logits, labels), ece=ece(logits, labels)))
+        if split == "train":
+            continue
+        logits, labels = (
+            predict_logits(student, rows, batch_size),
+            torch.tensor(rows["label"]),
+        )
+        low, high = wilson_interval(
+            int((logits.argmax(-1) == labels).sum()), len(labels)
+        )
+        table.append(
+            dict(
+                split=split,
+                rows=len(labels),
+                accuracy=accuracy(logits, labels),
+                low=low,
+                high=high,
+                nll=nll(logits, labels),
+                ece=ece(logits, labels),
+            )
+        )
     return pd.DataFrame(table).set_index("split")

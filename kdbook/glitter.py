@@ -10,305 +10,571 @@ __all__ = ['WAYS', 'make_pool', 'encode_pool', 'annotate_pool', 'keep_closest', 
 import random
 from functools import partial
 from typing import Any, Callable, Literal
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from .distillation import annotate, forward, joined, logit_mse, predict_logits, reduce_loss, soft_target_loss, with_column, _bar
-from .training import Callback, Loss, Progress, Recipe, Stage, label_loss
-from .words import delete_words, fill_words, masked_generator, pieces_of, replace_words, swap_words, warm_up
+
+from .distillation import annotate
+from .losses import label_loss, logit_mse, reduce_loss, soft_target_loss
+from .rows import forward, joined, predict_logits, progress_bar, with_column
+from .training import Callback, Loss, Progress, Recipe, Stage
+from kdbook.words import (
+    delete_words,
+    fill_words,
+    masked_generator,
+    pieces_of,
+    replace_words,
+    swap_words,
+    warm_up,
+)
 
 # %% ../nbs/glitter.ipynb #17121063
-WAYS = {"delete": delete_words, "swap": swap_words, "replace": replace_words, "fill": fill_words}
+WAYS = {
+    "delete": delete_words,
+    "swap": swap_words,
+    "replace": replace_words,
+    "fill": fill_words,
+}
+
 
 def make_pool(
-    dataset:"datasets.Dataset", # rows with `text` (a `text_pair` stays as it is), or with `pixel_values`
-    ways:tuple[str|Callable,...]=tuple(WAYS), # names of WAYS, or functions (inputs, rng) -> as many inputs; they take turns
-    k:int=8, # variants per row
-    seed:int=0, # of all that is drawn
-    generator:nn.Module|None=None, # what "fill" fills with; default: MiniLM's generator, warmed up on these very sentences
-    progress:bool=True, # show a bar when there is more than a few seconds of work
-)->"datasets.Dataset": # the rows with `pool_text` or `pool_pixel_values` (k), and `pool_way` (k, place in `ways`; -1: no variant)
+    dataset: "datasets.Dataset",  # rows with `text` (a `text_pair` stays as it is), or with `pixel_values`
+    ways: tuple[str | Callable, ...] = tuple(
+        WAYS
+    ),  # names of WAYS, or functions (inputs, rng) -> as many inputs; they take turns
+    k: int = 8,  # variants per row
+    seed: int = 0,  # of all that is drawn
+    generator: nn.Module
+    | None = None,  # what "fill" fills with; default: MiniLM's generator, warmed up on these very sentences
+    progress: bool = True,  # show a bar when there is more than a few seconds of work
+) -> "datasets.Dataset":  # the rows with `pool_text` or `pool_pixel_values` (k), and `pool_way` (k, place in `ways`; -1: no variant)
     """A pool of different variants for every row; a row that runs dry goes short.
 
     Raises `ValueError` for an unknown way, and for one that returns another number of inputs than it was given."""
-    if k < 1: raise ValueError(f"k must be >= 1 variant, got {k}")
+    if k < 1:
+        raise ValueError(f"k must be >= 1 variant, got {k}")
     column = "pixel_values" if "pixel_values" in dataset.column_names else "text"
     functions = [_function(way, dataset, generator) for way in ways]
     inputs, rng = list(dataset.with_format(None)[column]), random.Random(seed)
     pools, seen = [[] for _ in inputs], [{_key(x)} for x in inputs]
-    for turn in _bar(list(range(max(3 * k, len(ways)))), progress, "pool"):
+    for turn in progress_bar(list(range(max(3 * k, len(ways)))), progress, "pool"):
         short = [i for i, pool in enumerate(pools) if len(pool) < k]
-        if not short: continue
+        if not short:
+            continue
         number = turn % len(ways)
         found = functions[number]([inputs[i] for i in short], rng)
-        if len(found) != len(short): raise ValueError(f"way {ways[number]!r} was given {len(short)} inputs and returned {len(found)}")
+        if len(found) != len(short):
+            raise ValueError(
+                f"way {ways[number]!r} was given {len(short)} inputs and returned {len(found)}"
+            )
         for i, x in zip(short, found):
-            if _key(x) not in seen[i]: seen[i].add(_key(x)); pools[i].append((number, x))
+            if _key(x) not in seen[i]:
+                seen[i].add(_key(x))
+                pools[i].append((number, x))
     return _with_pool(dataset, pools, k, column)
 
 # %% ../nbs/glitter.ipynb #7061e35d
-def _function(way:str|Callable, dataset:Any, generator:nn.Module|None)->Callable:
-    if callable(way): return way
-    if way not in WAYS: raise ValueError(f"no way {way!r}; there are {', '.join(WAYS)}, or give a function (inputs, rng) -> inputs")
-    return partial(fill_words, generator=generator or warm_up(masked_generator(), dataset)) if way == "fill" else WAYS[way]
+def _function(
+    way: str | Callable, dataset: Any, generator: nn.Module | None
+) -> Callable:
+    if callable(way):
+        return way
+    if way not in WAYS:
+        raise ValueError(
+            f"no way {way!r}; there are {', '.join(WAYS)}, or give a function (inputs, rng) -> inputs"
+        )
+    return (
+        partial(fill_words, generator=generator or warm_up(masked_generator(), dataset))
+        if way == "fill"
+        else WAYS[way]
+    )
 
-def _key(value:Any)->Any:
+
+def _key(value: Any) -> Any:
     "What two variants must differ in: words of letters or digits alone, or pixels."
-    return " ".join(p for p in pieces_of(value.lower()) if p.isalnum()) if isinstance(value, str) else tuple(value)
+    return (
+        " ".join(p for p in pieces_of(value.lower()) if p.isalnum())
+        if isinstance(value, str)
+        else tuple(value)
+    )
 
-def _with_pool(dataset:Any, pools:list, k:int, column:str)->Any:
-    written = [c for c in ("pool_length", "pool_input_ids", "pool_token_type_ids", "pool_teacher_logits") if c in dataset.column_names]
+
+def _with_pool(dataset: Any, pools: list, k: int, column: str) -> Any:
+    written = [
+        c
+        for c in (
+            "pool_length",
+            "pool_input_ids",
+            "pool_token_type_ids",
+            "pool_teacher_logits",
+        )
+        if c in dataset.column_names
+    ]
     dataset = dataset.remove_columns(written)  # of another pool
-    blank = "" if column == "text" else [0.] * len(dataset[0][column])
+    blank = "" if column == "text" else [0.0] * len(dataset[0][column])
     padded = [pool + [(-1, blank)] * (k - len(pool)) for pool in pools]
-    dataset = with_column(dataset, f"pool_{column}", [[x for _, x in pool] for pool in padded])
-    dataset = with_column(dataset, "pool_way", [[way for way, _ in pool] for pool in padded])
-    return dataset if "idx" in dataset.column_names else with_column(dataset, "idx", list(range(len(dataset))))
+    dataset = with_column(
+        dataset, f"pool_{column}", [[x for _, x in pool] for pool in padded]
+    )
+    dataset = with_column(
+        dataset, "pool_way", [[way for way, _ in pool] for pool in padded]
+    )
+    return (
+        dataset
+        if "idx" in dataset.column_names
+        else with_column(dataset, "idx", list(range(len(dataset))))
+    )
 
 # %% ../nbs/glitter.ipynb #0d6aedde
 def encode_pool(
-    dataset:"datasets.Dataset", # with a pool
-    model:nn.Module|None=None, # its `.tokenizer` is used; not needed for pixels
-    tokenizer:Any=None, # default: the model's own
-    max_length:int=64, # tokens kept per variant, special ones included
-)->"datasets.Dataset": # with `pool_length` (k; tokens of each variant, 0: no variant), and for texts `pool_input_ids` (k, longest)
+    dataset: "datasets.Dataset",  # with a pool
+    model: nn.Module | None = None,  # its `.tokenizer` is used; not needed for pixels
+    tokenizer: Any = None,  # default: the model's own
+    max_length: int = 64,  # tokens kept per variant, special ones included
+) -> "datasets.Dataset":  # with `pool_length` (k; tokens of each variant, 0: no variant), and for texts `pool_input_ids` (k, longest)
     "The pool as a student reads it. Raises `ValueError` for rows without a pool."
     k = _pool_size(dataset)
-    if "pool_text" not in dataset.column_names: return with_column(dataset, "pool_length", [[int(w >= 0) for w in ways] for ways in dataset["pool_way"]])
+    if "pool_text" not in dataset.column_names:
+        return with_column(
+            dataset,
+            "pool_length",
+            [[int(w >= 0) for w in ways] for ways in dataset["pool_way"]],
+        )
     flat = _flat(dataset)
-    tokens = (tokenizer or model.tokenizer)(*flat, truncation=True, max_length=max_length, padding=True, return_token_type_ids=len(flat) == 2)
+    tokens = (tokenizer or model.tokenizer)(
+        *flat,
+        truncation=True,
+        max_length=max_length,
+        padding=True,
+        return_token_type_ids=len(flat) == 2,
+    )
     there = torch.tensor(dataset["pool_way"]) >= 0
     lengths = torch.tensor(tokens["attention_mask"]).sum(1).view(-1, k) * there
     dataset = with_column(dataset, "pool_length", lengths)
     for name in ("input_ids", "token_type_ids"):
-        if name in tokens: dataset = with_column(dataset, f"pool_{name}", torch.tensor(tokens[name]).view(len(dataset), k, -1))
+        if name in tokens:
+            dataset = with_column(
+                dataset,
+                f"pool_{name}",
+                torch.tensor(tokens[name]).view(len(dataset), k, -1),
+            )
     return dataset
 
 # %% ../nbs/glitter.ipynb #63ed85b4
-def _pool_size(dataset:Any)->int:
-    if "pool_way" not in dataset.column_names: raise ValueError(f"the rows have no pool, only {dataset.column_names}: make_pool(dataset) makes one")
+def _pool_size(dataset: Any) -> int:
+    if "pool_way" not in dataset.column_names:
+        raise ValueError(
+            f"the rows have no pool, only {dataset.column_names}: make_pool(dataset) makes one"
+        )
     return len(dataset[0]["pool_way"])
 
-def _flat(dataset:Any)->list[list[str]]:
+
+def _flat(dataset: Any) -> list[list[str]]:
     "Every variant as a text of its own, with its row's second text where there is one."
     texts = [text for pool in dataset["pool_text"] for text in pool]
-    if "text_pair" not in dataset.column_names: return [texts]
-    return [texts, [pair for pair in dataset["text_pair"] for _ in range(_pool_size(dataset))]]
+    if "text_pair" not in dataset.column_names:
+        return [texts]
+    return [
+        texts,
+        [pair for pair in dataset["text_pair"] for _ in range(_pool_size(dataset))],
+    ]
 
-def _variants(dataset:Any)->Any:
+
+def _variants(dataset: Any) -> Any:
     "The pool as a data set with a row for each variant."
     from datasets import Dataset
-    if "pool_text" not in dataset.column_names: return Dataset.from_dict({"pixel_values": [x for pool in dataset["pool_pixel_values"] for x in pool]})
+
+    if "pool_text" not in dataset.column_names:
+        return Dataset.from_dict(
+            {"pixel_values": [x for pool in dataset["pool_pixel_values"] for x in pool]}
+        )
     return Dataset.from_dict(dict(zip(("text", "text_pair"), _flat(dataset))))
 
 # %% ../nbs/glitter.ipynb #27495f65
 def annotate_pool(
-    dataset:"datasets.Dataset", # with a pool
-    teacher:nn.Module, # writes on every variant
-    **settings:Any, # passed on to `annotate`: batch_size, tokenizer, max_length, cache, progress
-)->"datasets.Dataset": # with `pool_teacher_logits` (k, num_labels), and what `encode_pool` adds
+    dataset: "datasets.Dataset",  # with a pool
+    teacher: nn.Module,  # writes on every variant
+    **settings: Any,  # passed on to `annotate`: batch_size, tokenizer, max_length, cache, progress
+) -> (
+    "datasets.Dataset"
+):  # with `pool_teacher_logits` (k, num_labels), and what `encode_pool` adds
     "The pool with what the teacher says of each variant, computed once. Raises `ValueError` for rows without a pool."
     k = _pool_size(dataset)
-    said = torch.tensor(annotate(_variants(dataset), teacher, **settings)["teacher_logits"])
-    how = {name: settings[name] for name in ("tokenizer", "max_length") if name in settings}
-    return with_column(encode_pool(dataset, teacher, **how), "pool_teacher_logits", said.view(len(dataset), k, -1))
+    said = torch.tensor(
+        annotate(_variants(dataset), teacher, **settings)["teacher_logits"]
+    )
+    how = {
+        name: settings[name] for name in ("tokenizer", "max_length") if name in settings
+    }
+    return with_column(
+        encode_pool(dataset, teacher, **how),
+        "pool_teacher_logits",
+        said.view(len(dataset), k, -1),
+    )
 
 # %% ../nbs/glitter.ipynb #b6a160e9
 class _Representation(nn.Module):
     "A classifier's last hidden states, first token, in the place of its logits."
-    def __init__(self, model:nn.Module): super().__init__(); self.model, self.tokenizer = model, getattr(model, "tokenizer", None)
-    def forward(self, **inputs:Tensor)->Tensor:
-        output = self.model(**inputs, output_hidden_states=True) if hasattr(self.model, "config") else self.model(**inputs)
+
+    def __init__(self, model: nn.Module):
+        super().__init__()
+        self.model, self.tokenizer = model, getattr(model, "tokenizer", None)
+
+    def forward(self, **inputs: Tensor) -> Tensor:
+        output = (
+            self.model(**inputs, output_hidden_states=True)
+            if hasattr(self.model, "config")
+            else self.model(**inputs)
+        )
         last = output.hidden_states[-1]
         return last[:, 0] if last.ndim == 3 else last
 
+
 def keep_closest(
-    dataset:"datasets.Dataset", # with a pool of at least k variants
-    teacher:nn.Module, # a classifier that gives hidden states
-    k:int=8, # variants to keep
-    least:float=1e-3, # angular distance, in [0, 1], below which a variant counts as the original itself
-    **settings:Any, # passed on to `predict_logits`: batch_size, tokenizer, max_length, progress
-)->"datasets.Dataset": # pool_text or pool_pixel_values, and pool_way, of k variants
+    dataset: "datasets.Dataset",  # with a pool of at least k variants
+    teacher: nn.Module,  # a classifier that gives hidden states
+    k: int = 8,  # variants to keep
+    least: float = 1e-3,  # angular distance, in [0, 1], below which a variant counts as the original itself
+    **settings: Any,  # passed on to `predict_logits`: batch_size, tokenizer, max_length, progress
+) -> "datasets.Dataset":  # pool_text or pool_pixel_values, and pool_way, of k variants
     """The variants closest to the original by the teacher's hidden states; those that do not differ are dropped (Glitter's filter).
 
     Raises `ValueError` for a pool of fewer than k variants."""
-    if (size := _pool_size(dataset)) < k: raise ValueError(f"the pool has {size} variants, so {k} cannot be kept: make_pool(dataset, k={2 * k}) first")
+    if (size := _pool_size(dataset)) < k:
+        raise ValueError(
+            f"the pool has {size} variants, so {k} cannot be kept: make_pool(dataset, k={2 * k}) first"
+        )
     model = _Representation(teacher)
-    own, theirs = predict_logits(model, dataset, **settings), predict_logits(model, _variants(dataset), **settings).view(len(dataset), size, -1)
+    own, theirs = (
+        predict_logits(model, dataset, **settings),
+        predict_logits(model, _variants(dataset), **settings).view(
+            len(dataset), size, -1
+        ),
+    )
     away = angular_distance(own[:, None], theirs)
     away[(torch.tensor(dataset["pool_way"]) < 0) | (away < least)] = torch.inf
-    order, column = away.argsort(dim=1, stable=True)[:, :k], next(c for c in ("pool_text", "pool_pixel_values") if c in dataset.column_names)
-    kept = [[(pool["pool_way"][j], pool[column][j]) for j in js.tolist() if away[i, j] < torch.inf] for i, (pool, js) in enumerate(zip(dataset, order))]
+    order, column = (
+        away.argsort(dim=1, stable=True)[:, :k],
+        next(
+            c for c in ("pool_text", "pool_pixel_values") if c in dataset.column_names
+        ),
+    )
+    kept = [
+        [
+            (pool["pool_way"][j], pool[column][j])
+            for j in js.tolist()
+            if away[i, j] < torch.inf
+        ]
+        for i, (pool, js) in enumerate(zip(dataset, order))
+    ]
     return _with_pool(dataset, kept, k, column.removeprefix("pool_"))
 
+
 def angular_distance(
-    a:Tensor, # (..., hidden_size)
-    b:Tensor, # (..., hidden_size)
-)->Tensor: # (...), in [0, 1]
+    a: Tensor,  # (..., hidden_size)
+    b: Tensor,  # (..., hidden_size)
+) -> Tensor:  # (...), in [0, 1]
     "The angle between two vectors, as a share of a half turn."
     return F.cosine_similarity(a, b, dim=-1).clamp(-1, 1).acos() / torch.pi
 
 # %% ../nbs/glitter.ipynb #ab956bd3
 def select_worst(
-    losses:Tensor, # (batch, k1), of each variant
-    k2:int, # how many to select, 1 <= k2 <= k1
-    there:Tensor|None=None, # (batch, k1), False where a row has no variant; default: everywhere
-)->Tensor: # (batch, k2), places in the pool, largest loss first; places without a variant come last
+    losses: Tensor,  # (batch, k1), of each variant
+    k2: int,  # how many to select, 1 <= k2 <= k1
+    there: Tensor
+    | None = None,  # (batch, k1), False where a row has no variant; default: everywhere
+) -> Tensor:  # (batch, k2), places in the pool, largest loss first; places without a variant come last
     "The joint top-k2 of each row's losses. Raises `ValueError` if k2 is outside 1..k1."
-    if not 1 <= k2 <= losses.shape[1]: raise ValueError(f"k2 must be in 1..k1, got k2={k2}, k1={losses.shape[1]}")
-    if there is not None: losses = losses.masked_fill(~there, -torch.inf)
+    if not 1 <= k2 <= losses.shape[1]:
+        raise ValueError(f"k2 must be in 1..k1, got k2={k2}, k1={losses.shape[1]}")
+    if there is not None:
+        losses = losses.masked_fill(~there, -torch.inf)
     return losses.topk(k2, dim=1).indices
 
 # %% ../nbs/glitter.ipynb #a8fc0d05
 def pool_losses(
-    student_logits:Tensor, # (batch, k, num_labels), of each variant
-    targets:Tensor, # (batch, k, num_labels): the teacher's logits there; in "consistency" the student's own of the original
-    temperature:float=2.0, # > 0
-    setup:str="kd", # as in `Glitter`
-)->Tensor: # (batch, k), nats times temperature squared (not in "consistency"); squared error where there is one output
+    student_logits: Tensor,  # (batch, k, num_labels), of each variant
+    targets: Tensor,  # (batch, k, num_labels): the teacher's logits there; in "consistency" the student's own of the original
+    temperature: float = 2.0,  # > 0
+    setup: str = "kd",  # as in `Glitter`
+) -> Tensor:  # (batch, k), nats times temperature squared (not in "consistency"); squared error where there is one output
     "How far the student is from its target on each variant: what Glitter selects by, and then trains on."
-    if student_logits.shape[-1] == 1: return logit_mse(student_logits, targets, "none")
-    if setup == "consistency": return soft_target_loss(student_logits / temperature, targets, 1., "none")  # the target is left as it is
+    if student_logits.shape[-1] == 1:
+        return logit_mse(student_logits, targets, "none")
+    if setup == "consistency":
+        return soft_target_loss(
+            student_logits / temperature, targets, 1.0, "none"
+        )  # the target is left as it is
     return soft_target_loss(student_logits, targets, temperature, "none")
 
 # %% ../nbs/glitter.ipynb #238b4509
 def pool_inputs(
-    batch:dict[str,Tensor], # with `pool_length` (batch, k) and the pool's inputs
-    chosen:Tensor, # (batch, k2), places in the pool
-)->tuple[dict[str,Tensor],Tensor]: # inputs of batch * k2 rows, padded to the longest of them; bool (batch, k2): which are there
+    batch: dict[str, Tensor],  # with `pool_length` (batch, k) and the pool's inputs
+    chosen: Tensor,  # (batch, k2), places in the pool
+) -> tuple[
+    dict[str, Tensor], Tensor
+]:  # inputs of batch * k2 rows, padded to the longest of them; bool (batch, k2): which are there
     "The chosen variants as one batch of their own. A missing variant stands as an unmasked first token and counts for nothing."
     length = batch["pool_length"].gather(1, chosen)
-    pick = lambda name: batch[name][torch.arange(len(chosen), device=chosen.device)[:, None], chosen].flatten(0, 1)
-    if "pool_pixel_values" in batch: return {"pixel_values": pick("pool_pixel_values")}, length > 0
+    pick = lambda name: batch[name][
+        torch.arange(len(chosen), device=chosen.device)[:, None], chosen
+    ].flatten(0, 1)
+    if "pool_pixel_values" in batch:
+        return {"pixel_values": pick("pool_pixel_values")}, length > 0
     longest = max(1, int(length.max()))
-    inputs = {name: pick(f"pool_{name}")[:, :longest] for name in ("input_ids", "token_type_ids") if f"pool_{name}" in batch}
-    return inputs | {"attention_mask": (torch.arange(longest, device=length.device) < length.flatten().clamp(min=1)[:, None]).long()}, length > 0
+    inputs = {
+        name: pick(f"pool_{name}")[:, :longest]
+        for name in ("input_ids", "token_type_ids")
+        if f"pool_{name}" in batch
+    }
+    return inputs | {
+        "attention_mask": (
+            torch.arange(longest, device=length.device)
+            < length.flatten().clamp(min=1)[:, None]
+        ).long()
+    }, length > 0
 
 # %% ../nbs/glitter.ipynb #9618a360
 @torch.no_grad()
 def score_pool(
-    student:nn.Module, # any classifier; its mode is put back afterwards
-    batch:dict[str,Tensor], # rows with a pool
-    temperature:float=2.0, # > 0
-    setup:str="kd", # as in `Glitter`
-    k1:int|None=None, # the first k1 variants; default: all
-)->Tensor: # (batch, k1), `pool_losses`; minus infinity where there is no variant
+    student: nn.Module,  # any classifier; its mode is put back afterwards
+    batch: dict[str, Tensor],  # rows with a pool
+    temperature: float = 2.0,  # > 0
+    setup: str = "kd",  # as in `Glitter`
+    k1: int | None = None,  # the first k1 variants; default: all
+) -> Tensor:  # (batch, k1), `pool_losses`; minus infinity where there is no variant
     "The student's loss on every variant, in evaluation mode and without gradient."
-    student = getattr(student, "module", student)  # processes may score different numbers of rows, so they must not wait for each other
+    student = getattr(
+        student, "module", student
+    )  # processes may score different numbers of rows, so they must not wait for each other
     size, was_training = len(batch["pool_length"]), student.training
-    places = torch.arange(k1 or batch["pool_length"].shape[1], device=batch["pool_length"].device).expand(size, -1)
+    places = torch.arange(
+        k1 or batch["pool_length"].shape[1], device=batch["pool_length"].device
+    ).expand(size, -1)
     student.eval()
     try:
         own = forward(student, batch)[:, None] if setup == "consistency" else None
         found, there = [], []
-        for some in places.split(max(1, 128 // size), 1):  # batches of middle size: larger ones fall out of a CPU's cache
+        for some in places.split(
+            max(1, 128 // size), 1
+        ):  # batches of middle size: larger ones fall out of a CPU's cache
             inputs, real = pool_inputs(batch, some)
-            found.append(forward(student, inputs).view(*some.shape, -1)); there.append(real)
-    finally: student.train(was_training)
-    targets = batch["pool_teacher_logits"][:, :places.shape[1]] if own is None else own.expand(-1, places.shape[1], -1)
-    return pool_losses(torch.cat(found, 1), targets, temperature, setup).masked_fill(~torch.cat(there, 1), -torch.inf)
+            found.append(forward(student, inputs).view(*some.shape, -1))
+            there.append(real)
+    finally:
+        student.train(was_training)
+    targets = (
+        batch["pool_teacher_logits"][:, : places.shape[1]]
+        if own is None
+        else own.expand(-1, places.shape[1], -1)
+    )
+    return pool_losses(torch.cat(found, 1), targets, temperature, setup).masked_fill(
+        ~torch.cat(there, 1), -torch.inf
+    )
 
 # %% ../nbs/glitter.ipynb #5f25738f
 class Chooser(Callback):
     "Which k2 of k1 variants a row learns from, and a memory of it that checkpoints keep."
-    def __init__(self, k1:int=8, k2:int=2, pick:str="worst", score_every:int=1):
-        if pick not in ("worst", "random"): raise ValueError(f'pick must be "worst" or "random", got {pick!r}')
-        if not 1 <= k2 <= k1: raise ValueError(f"k2 must be in 1..k1, got k2={k2}, k1={k1}")
-        if score_every < 1: raise ValueError(f"score_every must be >= 1 epoch, got {score_every}")
-        self.k1, self.k2, self.pick, self.score_every, self._chosen = k1, k2, pick, score_every, None
 
-    def choose(self, student:nn.Module, batch:dict[str,Tensor], progress:Progress, **how:Any)->Tensor: # (batch, k2)
+    def __init__(
+        self, k1: int = 8, k2: int = 2, pick: str = "worst", score_every: int = 1
+    ):
+        if pick not in ("worst", "random"):
+            raise ValueError(f'pick must be "worst" or "random", got {pick!r}')
+        if not 1 <= k2 <= k1:
+            raise ValueError(f"k2 must be in 1..k1, got k2={k2}, k1={k1}")
+        if score_every < 1:
+            raise ValueError(f"score_every must be >= 1 epoch, got {score_every}")
+        self.k1, self.k2, self.pick, self.score_every, self._chosen = (
+            k1,
+            k2,
+            pick,
+            score_every,
+            None,
+        )
+
+    def choose(
+        self,
+        student: nn.Module,
+        batch: dict[str, Tensor],
+        progress: Progress,
+        **how: Any,
+    ) -> Tensor:  # (batch, k2)
         "The places each row of the batch learns from; `how` goes to `score_pool`."
         rows, length = batch["idx"], batch["pool_length"]
-        if self.starting(progress): self._chosen = None  # the same recipe may be run twice
-        if self.k1 == self.k2: return torch.arange(self.k2, device=rows.device).expand(len(rows), -1)  # nothing to choose
-        if progress.epoch % self.score_every and (known := self.remembered(rows)) is not None: return known
-        scores = torch.rand(len(rows), self.k1, device=rows.device) if self.pick == "random" else score_pool(student, batch, k1=self.k1, **how)
-        found = select_worst(scores, self.k2, length[:, :self.k1] > 0)
+        if self.starting(progress):
+            self._chosen = None  # the same recipe may be run twice
+        if self.k1 == self.k2:
+            return torch.arange(self.k2, device=rows.device).expand(
+                len(rows), -1
+            )  # nothing to choose
+        if (
+            progress.epoch % self.score_every
+            and (known := self.remembered(rows)) is not None
+        ):
+            return known
+        scores = (
+            torch.rand(len(rows), self.k1, device=rows.device)
+            if self.pick == "random"
+            else score_pool(student, batch, k1=self.k1, **how)
+        )
+        found = select_worst(scores, self.k2, length[:, : self.k1] > 0)
         self._chosen = _grown(self._chosen, int(rows.max()) + 1, self.k2)
         self._chosen[rows.cpu()] = found.cpu()
         return found
 
-    def remembered(self, rows:Tensor)->Tensor|None: # (batch, k2); None where a row has not been looked at
+    def remembered(
+        self, rows: Tensor
+    ) -> Tensor | None:  # (batch, k2); None where a row has not been looked at
         "The latest choice of these rows."
-        if self._chosen is None or int(rows.max()) >= len(self._chosen): return None
+        if self._chosen is None or int(rows.max()) >= len(self._chosen):
+            return None
         known = self._chosen[rows.cpu()]
         return None if (known < 0).any() else known.to(rows.device)
-    def state_dict(self)->dict[str,Any]: "What each row has chosen."; return {} if self._chosen is None else {"chosen": self._chosen}
-    def load_state_dict(self, state:dict[str,Any])->None: "Take back what `state_dict` gave."; self._chosen = state.get("chosen")
+
+    def state_dict(self) -> dict[str, Any]:
+        "What each row has chosen."
+        return {} if self._chosen is None else {"chosen": self._chosen}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        "Take back what `state_dict` gave."
+        self._chosen = state.get("chosen")
 
 # %% ../nbs/glitter.ipynb #fece32cf
-def _grown(chosen:Tensor|None, rows:int, k2:int)->Tensor:
+def _grown(chosen: Tensor | None, rows: int, k2: int) -> Tensor:
     "Room for so many rows; those not looked at have -1."
-    if chosen is None: return torch.full((rows, k2), -1)
+    if chosen is None:
+        return torch.full((rows, k2), -1)
     return F.pad(chosen, (0, 0, 0, max(0, rows - len(chosen))), value=-1)
 
 # %% ../nbs/glitter.ipynb #a4b8de85
 def glitter_loss(
-    student:nn.Module, # in training mode
-    batch:dict[str,Tensor], # rows with a pool, and what the teacher said of both
-    chosen:Tensor, # (batch, k2), places in the pool
-    setup:str="kd", # as in `Glitter`
-    temperature:float=2.0, # > 0
-    alpha:float=0.5, # in [0, 1]
-    aug_weight:float=0.5, # >= 0
-)->Loss: # parts: the loss on the rows themselves and the mean on their variants
-    "`hinton_loss` on the rows (cross-entropy in \"consistency\"), plus `aug_weight` times the mean of `pool_losses` over the chosen variants."
+    student: nn.Module,  # in training mode
+    batch: dict[str, Tensor],  # rows with a pool, and what the teacher said of both
+    chosen: Tensor,  # (batch, k2), places in the pool
+    setup: str = "kd",  # as in `Glitter`
+    temperature: float = 2.0,  # > 0
+    alpha: float = 0.5,  # in [0, 1]
+    aug_weight: float = 0.5,  # >= 0
+) -> Loss:  # parts: the loss on the rows themselves and the mean on their variants
+    '`hinton_loss` on the rows (cross-entropy in "consistency"), plus `aug_weight` times the mean of `pool_losses` over the chosen variants.'
     inputs, there = pool_inputs(batch, chosen)
     logits = forward(student, joined(batch, inputs))  # one forward pass for both
-    own, theirs = logits[:len(chosen)], logits[len(chosen):].view(*chosen.shape, -1)
+    own, theirs = logits[: len(chosen)], logits[len(chosen) :].view(*chosen.shape, -1)
     if setup == "consistency":
-        original, targets = label_loss(own, batch["labels"]), own.detach()[:, None].expand_as(theirs)
+        original, targets = (
+            label_loss(own, batch["labels"]),
+            own.detach()[:, None].expand_as(theirs),
+        )
     else:
-        original = alpha * pool_losses(own, batch["teacher_logits"], temperature).mean() + (1 - alpha) * label_loss(own, batch["labels"])
-        targets = batch["pool_teacher_logits"].gather(1, chosen[..., None].expand_as(theirs))
+        original = alpha * pool_losses(
+            own, batch["teacher_logits"], temperature
+        ).mean() + (1 - alpha) * label_loss(own, batch["labels"])
+        targets = batch["pool_teacher_logits"].gather(
+            1, chosen[..., None].expand_as(theirs)
+        )
     variants = reduce_loss(pool_losses(theirs, targets, temperature, setup), mask=there)
-    return Loss(original + aug_weight * variants, {"original": original.detach(), "variants": variants.detach()})
+    return Loss(
+        original + aug_weight * variants,
+        {"original": original.detach(), "variants": variants.detach()},
+    )
 
 # %% ../nbs/glitter.ipynb #139ae123
 class Glitter(Chooser):
     "Plain KD on each row, and on the k2 variants of its pool on which the student is worst. Give it to the recipe as a callback too, as `recipe` does."
-    rows, optional = "all", ("pool_input_ids", "pool_token_type_ids", "pool_pixel_values")
-    def __init__(self,
-        setup:Literal["kd","self","consistency"]="kd", # a teacher; a teacher of the student's own size; no teacher
-        k1:int=8, # variants of the pool that are looked at
-        k2:int=2, # of which so many are learned from
-        temperature:float=2.0, # > 0
-        alpha:float=0.5, # in [0, 1]: weight of the soft targets; the labels get 1 - alpha. "consistency" ignores it
-        aug_weight:float|None=None, # >= 0: weight of the mean loss on the variants; default: alpha, and 1 in "consistency"
-        pick:Literal["worst","random"]="worst", # "random" is the control: any k2 of the k1
-        score_every:int=1, # epochs between two looks at a row's pool; in between it keeps its choice. Each process remembers its own rows
+
+    rows, optional = (
+        "all",
+        ("pool_input_ids", "pool_token_type_ids", "pool_pixel_values"),
+    )
+
+    def __init__(
+        self,
+        setup: Literal[
+            "kd", "self", "consistency"
+        ] = "kd",  # a teacher; a teacher of the student's own size; no teacher
+        k1: int = 8,  # variants of the pool that are looked at
+        k2: int = 2,  # of which so many are learned from
+        temperature: float = 2.0,  # > 0
+        alpha: float = 0.5,  # in [0, 1]: weight of the soft targets; the labels get 1 - alpha. "consistency" ignores it
+        aug_weight: float
+        | None = None,  # >= 0: weight of the mean loss on the variants; default: alpha, and 1 in "consistency"
+        pick: Literal[
+            "worst", "random"
+        ] = "worst",  # "random" is the control: any k2 of the k1
+        score_every: int = 1,  # epochs between two looks at a row's pool; in between it keeps its choice. Each process remembers its own rows
     ):
         super().__init__(k1, k2, pick, score_every)
-        if setup not in ("kd", "self", "consistency"): raise ValueError(f'setup must be "kd", "self" or "consistency", got {setup!r}')
-        if temperature <= 0 or not 0 <= alpha <= 1: raise ValueError(f"temperature must be > 0 and alpha in [0, 1], got temperature={temperature}, alpha={alpha}")
+        if setup not in ("kd", "self", "consistency"):
+            raise ValueError(
+                f'setup must be "kd", "self" or "consistency", got {setup!r}'
+            )
+        if temperature <= 0 or not 0 <= alpha <= 1:
+            raise ValueError(
+                f"temperature must be > 0 and alpha in [0, 1], got temperature={temperature}, alpha={alpha}"
+            )
         self.setup, self.temperature, self.alpha = setup, temperature, alpha
-        self.aug_weight = aug_weight if aug_weight is not None else 1. if setup == "consistency" else alpha
-        self.requires = ("label", "idx", "pool_length", *(() if setup == "consistency" else ("teacher_logits", "pool_teacher_logits")))
+        self.aug_weight = (
+            aug_weight
+            if aug_weight is not None
+            else 1.0
+            if setup == "consistency"
+            else alpha
+        )
+        self.requires = (
+            "label",
+            "idx",
+            "pool_length",
+            *(
+                ()
+                if setup == "consistency"
+                else ("teacher_logits", "pool_teacher_logits")
+            ),
+        )
 
-    def check(self, stage:Stage, train:"datasets.Dataset", validation:"datasets.Dataset|None"=None)->None:
+    def check(
+        self,
+        stage: Stage,
+        train: "datasets.Dataset",
+        validation: "datasets.Dataset|None" = None,
+    ) -> None:
         "Called by `fit` before it starts: the pool must hold k1 variants."
-        if (size := len(train[0]["pool_length"])) < self.k1: raise ValueError(f"the pool has {size} variants per row, but k1={self.k1}: make_pool(..., k={self.k1}), or k1={size}")
+        if (size := len(train[0]["pool_length"])) < self.k1:
+            raise ValueError(
+                f"the pool has {size} variants per row, but k1={self.k1}: make_pool(..., k={self.k1}), or k1={size}"
+            )
 
-    def __call__(self, student:nn.Module, batch:dict[str,Tensor], progress:Progress)->Loss:
+    def __call__(
+        self, student: nn.Module, batch: dict[str, Tensor], progress: Progress
+    ) -> Loss:
         "`glitter_loss` on the batch and the variants chosen now."
-        return glitter_loss(student, batch, self.choose(student, batch, progress, temperature=self.temperature, setup=self.setup),
-                            self.setup, self.temperature, self.alpha, self.aug_weight)
+        return glitter_loss(
+            student,
+            batch,
+            self.choose(
+                student, batch, progress, temperature=self.temperature, setup=self.setup
+            ),
+            self.setup,
+            self.temperature,
+            self.alpha,
+            self.aug_weight,
+        )
 
 # %% ../nbs/glitter.ipynb #f96f4077
 def recipe(
-    setup:Literal["kd","self","consistency"]="kd", # as in `Glitter`
-    k1:int=8, # size of the pool that is looked at
-    k2:int=2, # variants that are learned from
-    epochs:int=9, # passes over the rows
-    lr:float=5e-4, # peak rate
-    batch_size:int=32, # rows per update, their variants not counted
-    temperature:float=2.0, # > 0
-    alpha:float=0.5, # in [0, 1]: weight of the soft targets
-    aug_weight:float|None=None, # >= 0; default: alpha, and 1 in "consistency"
-    pick:Literal["worst","random"]="worst", # "random" is the control
-    score_every:int=1, # epochs between two looks at a row's pool
-)->Recipe: # for `fit`
+    setup: Literal["kd", "self", "consistency"] = "kd",  # as in `Glitter`
+    k1: int = 8,  # size of the pool that is looked at
+    k2: int = 2,  # variants that are learned from
+    epochs: int = 9,  # passes over the rows
+    lr: float = 5e-4,  # peak rate
+    batch_size: int = 32,  # rows per update, their variants not counted
+    temperature: float = 2.0,  # > 0
+    alpha: float = 0.5,  # in [0, 1]: weight of the soft targets
+    aug_weight: float | None = None,  # >= 0; default: alpha, and 1 in "consistency"
+    pick: Literal["worst", "random"] = "worst",  # "random" is the control
+    score_every: int = 1,  # epochs between two looks at a row's pool
+) -> Recipe:  # for `fit`
     "One stage of Glitter; the objective is its own callback, so that checkpoints keep what it chose."
     glitter = Glitter(setup, k1, k2, temperature, alpha, aug_weight, pick, score_every)
     return Recipe((Stage(glitter, epochs, lr, batch_size, name="glitter"),), (glitter,))

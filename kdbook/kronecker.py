@@ -12,76 +12,101 @@ from fnmatch import fnmatchcase
 from functools import cache
 from importlib import import_module
 from typing import Any, Iterable, Literal, NamedTuple
+
 import torch
 import torch.nn.functional as F
 import wrapt
 from torch import Tensor, nn
-from .distillation import copied
+
+from .rows import copied
 
 # %% ../nbs/kronecker.ipynb #74d97ea8
 def other_shape(
-    shape:tuple[int,int], # (m, n) of the weight
-    shape_a:tuple[int,int], # (m1, n1) of the first factor
-    rank:int=1, # how many products are added
-)->tuple[int,int]: # (m2, n2) of the second factor
+    shape: tuple[int, int],  # (m, n) of the weight
+    shape_a: tuple[int, int],  # (m1, n1) of the first factor
+    rank: int = 1,  # how many products are added
+) -> tuple[int, int]:  # (m2, n2) of the second factor
     "What is left for B. Raises `ValueError` with the divisors where a side does not divide, and with the bound where the rank is too large."
     for name, whole, part in zip(("m1", "n1"), shape, shape_a):
         if part < 1 or whole % part:
             fit = ", ".join(str(d) for d in range(1, whole + 1) if whole % d == 0)
-            raise ValueError(f"{name}={part} does not divide {whole}, a side of the {shape[0]}x{shape[1]} weight (outputs by inputs): take one of {fit}")
+            raise ValueError(
+                f"{name}={part} does not divide {whole}, a side of the {shape[0]}x{shape[1]} weight (outputs by inputs): take one of {fit}"
+            )
     (m, n), (m1, n1) = shape, shape_a
     bound = min(m1 * n1, m * n // (m1 * n1))
-    if not 1 <= rank <= bound: raise ValueError(f"rank must be in 1..{bound} for a {m}x{n} weight with A of {m1}x{n1}, where {bound} is exact; got {rank}")
+    if not 1 <= rank <= bound:
+        raise ValueError(
+            f"rank must be in 1..{bound} for a {m}x{n} weight with A of {m1}x{n1}, where {bound} is exact; got {rank}"
+        )
     return m // m1, n // n1
 
 # %% ../nbs/kronecker.ipynb #9bafea63
 def rearranged(
-    weight:Tensor, # (m, n)
-    shape_a:tuple[int,int], # (m1, n1)
-)->Tensor: # (m1*n1, m2*n2)
+    weight: Tensor,  # (m, n)
+    shape_a: tuple[int, int],  # (m1, n1)
+) -> Tensor:  # (m1*n1, m2*n2)
     "One row per block of the m1 by n1 grid of blocks (Van Loan and Pitsianis 1993), here row by row."
     (m1, n1), (m2, n2) = shape_a, other_shape(tuple(weight.shape), shape_a)
     return weight.reshape(m1, m2, n1, n2).transpose(1, 2).reshape(m1 * n1, m2 * n2)
 
 # %% ../nbs/kronecker.ipynb #37f510be
-def _wide(weight:Tensor, shape_a:tuple[int,int])->tuple[Tensor,bool]: # float64, no taller than wide; whether it was turned for that
-    if weight.is_meta: raise ValueError("the weight is on the meta device and has no values yet: load the model first")
+def _wide(
+    weight: Tensor, shape_a: tuple[int, int]
+) -> tuple[
+    Tensor, bool
+]:  # float64, no taller than wide; whether it was turned for that
+    if weight.is_meta:
+        raise ValueError(
+            "the weight is on the meta device and has no values yet: load the model first"
+        )
     rows = rearranged(weight.detach(), shape_a).cpu().double()
     return (rows.T, True) if len(rows) > rows.shape[1] else (rows, False)
 
 # %% ../nbs/kronecker.ipynb #37ddf346
 class Factors(NamedTuple):
     "A sum of Kronecker products: the weight is the sum over r of A_r (x) B_r."
-    a:Tensor # (rank, m1, n1)
-    b:Tensor # (rank, m2, n2)
 
-    def product(self)->Tensor: # (m, n)
+    a: Tensor  # (rank, m1, n1)
+    b: Tensor  # (rank, m2, n2)
+
+    def product(self) -> Tensor:  # (m, n)
         "The weight itself."
         (_, m1, n1), (_, m2, n2) = self.a.shape, self.b.shape
         return torch.einsum("rij,rpq->ipjq", self.a, self.b).reshape(m1 * m2, n1 * n2)
 
 # %% ../nbs/kronecker.ipynb #04329de6
 def nearest_kronecker(
-    weight:Tensor, # (m, n)
-    shape_a:tuple[int,int], # (m1, n1): divisors of m and n
-    rank:int=1, # products that are added; min(m1*n1, m2*n2) is exact
-)->Factors: # of the weight's type; A_r and B_r have equal norms, but where a product is next to nothing; the largest products first
+    weight: Tensor,  # (m, n)
+    shape_a: tuple[int, int],  # (m1, n1): divisors of m and n
+    rank: int = 1,  # products that are added; min(m1*n1, m2*n2) is exact
+) -> Factors:  # of the weight's type; A_r and B_r have equal norms, but where a product is next to nothing; the largest products first
     "The nearest sum of Kronecker products in the Frobenius norm (Tahaei et al. 2022): singular vectors of `rearranged`, from the Gram matrix of its small side."
     m2, n2 = other_shape(tuple(weight.shape), shape_a, rank)
     wide, turned = _wide(weight, shape_a)
-    short = torch.linalg.eigh(wide @ wide.T).eigenvectors.flip(1)[:, :rank].T  # largest singular value first
+    short = (
+        torch.linalg.eigh(wide @ wide.T).eigenvectors.flip(1)[:, :rank].T
+    )  # largest singular value first
     long = short @ wide
-    root = long.norm(dim=1, keepdim=True).sqrt()  # from the product, which is exact where the Gram matrix has rounded
-    root = torch.where(root > 1e-3 * root.max(), root, 1.)  # next to nothing: A stays large, so that B can learn
+    root = long.norm(
+        dim=1, keepdim=True
+    ).sqrt()  # from the product, which is exact where the Gram matrix has rounded
+    root = torch.where(
+        root > 1e-3 * root.max(), root, 1.0
+    )  # next to nothing: A stays large, so that B can learn
     a, b = short * root, long / root
-    if turned: a, b = b, a
-    return Factors(a.reshape(rank, *shape_a).to(weight).contiguous(), b.reshape(rank, m2, n2).to(weight).contiguous())
+    if turned:
+        a, b = b, a
+    return Factors(
+        a.reshape(rank, *shape_a).to(weight).contiguous(),
+        b.reshape(rank, m2, n2).to(weight).contiguous(),
+    )
 
 # %% ../nbs/kronecker.ipynb #82f32384
 def kronecker_error(
-    weight:Tensor, # (m, n)
-    shape_a:tuple[int,int], # (m1, n1)
-)->Tensor: # (bound + 1,), float64: entry R is the relative error in the Frobenius norm with the best R products
+    weight: Tensor,  # (m, n)
+    shape_a: tuple[int, int],  # (m1, n1)
+) -> Tensor:  # (bound + 1,), float64: entry R is the relative error in the Frobenius norm with the best R products
     "What every rank leaves over, from the singular values alone; no factors are made."
     wide, _ = _wide(weight, shape_a)
     squares = torch.linalg.eigvalsh(wide @ wide.T).clamp(min=0)
@@ -90,317 +115,597 @@ def kronecker_error(
 
 # %% ../nbs/kronecker.ipynb #ea99ff09
 def several_factors(
-    weight:Tensor, # (m, n)
-    shapes:Iterable[tuple[int,int]], # of each factor but the last, which takes what is left
-    rank:int=1, # products that are added
-    sweeps:int=50, # of alternating least squares
-    seed:int=0, # of what it starts from where singular vectors do not suffice
-)->list[Tensor]: # one (rank, m_i, n_i) per factor
+    weight: Tensor,  # (m, n)
+    shapes: Iterable[
+        tuple[int, int]
+    ],  # of each factor but the last, which takes what is left
+    rank: int = 1,  # products that are added
+    sweeps: int = 50,  # of alternating least squares
+    seed: int = 0,  # of what it starts from where singular vectors do not suffice
+) -> list[Tensor]:  # one (rank, m_i, n_i) per factor
     "A sum of products of three or more factors: the CP decomposition of the rearranged weight, by tensorly. A local optimum, and beyond the paper."
     import numpy as np
     from tensorly.decomposition import parafac
+
     rest, shapes = tuple(weight.shape), [tuple(shape) for shape in shapes]
-    for shape in list(shapes): rest = other_shape(rest, shape)
+    for shape in list(shapes):
+        rest = other_shape(rest, shape)
     shapes.append(rest)
-    k, grid = len(shapes), weight.detach().cpu().double().reshape(*(m for m, _ in shapes), *(n for _, n in shapes))
-    cube = grid.permute(*(axis for i in range(k) for axis in (i, k + i))).reshape([m * n for m, n in shapes])
-    scales, parts = parafac(cube.numpy(), rank, n_iter_max=sweeps, init="svd", random_state=np.random.RandomState(seed), tol=1e-9)
+    k, grid = (
+        len(shapes),
+        weight.detach()
+        .cpu()
+        .double()
+        .reshape(*(m for m, _ in shapes), *(n for _, n in shapes)),
+    )
+    cube = grid.permute(*(axis for i in range(k) for axis in (i, k + i))).reshape(
+        [m * n for m, n in shapes]
+    )
+    scales, parts = parafac(
+        cube.numpy(),
+        rank,
+        n_iter_max=sweeps,
+        init="svd",
+        random_state=np.random.RandomState(seed),
+        tol=1e-9,
+    )
     share = torch.as_tensor(scales).abs() ** (1 / k)
-    return [torch.as_tensor(np.array(part)).mul(share).T.reshape(rank, *shape).to(weight) for part, shape in zip(parts, shapes)]
+    return [
+        torch.as_tensor(np.array(part)).mul(share).T.reshape(rank, *shape).to(weight)
+        for part, shape in zip(parts, shapes)
+    ]
 
 # %% ../nbs/kronecker.ipynb #d872f4df
 def flops(
-    shape_a:tuple[int,int], # (m1, n1)
-    shape_b:tuple[int,int], # (m2, n2)
-)->dict[str,int]: # "b" and "a": the factor that multiplies first
+    shape_a: tuple[int, int],  # (m1, n1)
+    shape_b: tuple[int, int],  # (m2, n2)
+) -> dict[str, int]:  # "b" and "a": the factor that multiplies first
     "Additions and multiplications per input vector in either order (Tahaei et al. 2022, for one product)."
     (m1, n1), (m2, n2) = shape_a, shape_b
-    return dict(b=(2*n2 - 1) * m2 * n1 + (2*n1 - 1) * m2 * m1, a=(2*n1 - 1) * n2 * m1 + (2*n2 - 1) * m2 * m1)
+    return dict(
+        b=(2 * n2 - 1) * m2 * n1 + (2 * n1 - 1) * m2 * m1,
+        a=(2 * n1 - 1) * n2 * m1 + (2 * n2 - 1) * m2 * m1,
+    )
 
 # %% ../nbs/kronecker.ipynb #690d3e24
 class Way(NamedTuple):
     "How an input is multiplied."
-    first:Literal["a","b"] # the factor that comes first
-    layout:Literal["rows","columns"] # how A multiplies. "rows": one small product per input vector; "columns": one large product, and a transpose
+
+    first: Literal["a", "b"]  # the factor that comes first
+    layout: Literal[
+        "rows", "columns"
+    ]  # how A multiplies. "rows": one small product per input vector; "columns": one large product, and a transpose
 
 # %% ../nbs/kronecker.ipynb #eda083bc
 def way_for(
-    shape_a:tuple[int,int], # (m1, n1)
-    shape_b:tuple[int,int], # (m2, n2)
-)->Way:
+    shape_a: tuple[int, int],  # (m1, n1)
+    shape_b: tuple[int, int],  # (m2, n2)
+) -> Way:
     "The cheaper order by `flops`, B on a tie. Rows where what A multiplies is at least 16 wide, else columns: measured, not derived."
     cost = flops(shape_a, shape_b)
     first = "b" if cost["b"] <= cost["a"] else "a"
     return Way(first, "rows" if shape_b[0 if first == "b" else 1] >= 16 else "columns")
 
 # %% ../nbs/kronecker.ipynb #9517ee0d
-def _abreast(factor:Tensor)->Tensor: # (rank, m, n) -> (m, rank*n)
+def _abreast(factor: Tensor) -> Tensor:  # (rank, m, n) -> (m, rank*n)
     return factor[0] if len(factor) == 1 else factor.transpose(0, 1).flatten(1)
 
 # %% ../nbs/kronecker.ipynb #94b169af
-def _b_rows(x:Tensor, a:Tensor, b:Tensor, bias:Tensor|None)->Tensor: # all four: (rows, n1, n2) -> (rows, m1, m2)
+def _b_rows(
+    x: Tensor, a: Tensor, b: Tensor, bias: Tensor | None
+) -> Tensor:  # all four: (rows, n1, n2) -> (rows, m1, m2)
     (rank, m1, n1), m2 = a.shape, b.shape[1]
-    z = F.linear(x, b.flatten(0, 1)).view(-1, n1, rank, m2).transpose(1, 2).reshape(-1, rank * n1, m2)
+    z = (
+        F.linear(x, b.flatten(0, 1))
+        .view(-1, n1, rank, m2)
+        .transpose(1, 2)
+        .reshape(-1, rank * n1, m2)
+    )
     # bmm, because matmul of a trained matrix would fold the rows together, which takes twice as long
     wide = _abreast(a).expand(x.shape[0], -1, -1)
     return torch.bmm(wide, z) if bias is None else torch.baddbmm(bias, wide, z)
 
-def _a_rows(x:Tensor, a:Tensor, b:Tensor, bias:Tensor|None)->Tensor:
+
+def _a_rows(x: Tensor, a: Tensor, b: Tensor, bias: Tensor | None) -> Tensor:
     (rank, m1, n1), (_, m2, n2) = a.shape, b.shape
-    z = torch.bmm(a.flatten(0, 1).expand(x.shape[0], -1, -1), x).view(-1, rank, m1, n2).transpose(1, 2)
+    z = (
+        torch.bmm(a.flatten(0, 1).expand(x.shape[0], -1, -1), x)
+        .view(-1, rank, m1, n2)
+        .transpose(1, 2)
+    )
     y = F.linear(z.reshape(-1, m1, rank * n2), _abreast(b))
     return y if bias is None else y.add_(bias)
 
 # %% ../nbs/kronecker.ipynb #2f6f8309
-def _interleaved(y:Tensor)->Tensor: # (rows, m2, m1) -> (rows, m1, m2)
-    pairs = y.shape[1] == 2 and y.device.type == "cpu" and y.dtype in (torch.float32, torch.float64)
-    if not pairs or torch.compiler.is_compiling() or torch.jit.is_tracing(): return y.transpose(1, 2).contiguous()  # what exporters know
+def _interleaved(y: Tensor) -> Tensor:  # (rows, m2, m1) -> (rows, m1, m2)
+    pairs = (
+        y.shape[1] == 2
+        and y.device.type == "cpu"
+        and y.dtype in (torch.float32, torch.float64)
+    )
+    if not pairs or torch.compiler.is_compiling() or torch.jit.is_tracing():
+        return y.transpose(1, 2).contiguous()  # what exporters know
     return torch.view_as_real(torch.complex(*y.unbind(1)))
 
 # %% ../nbs/kronecker.ipynb #7d64ac78
-def _b_columns(x:Tensor, a:Tensor, b:Tensor, bias:Tensor|None)->Tensor:
+def _b_columns(x: Tensor, a: Tensor, b: Tensor, bias: Tensor | None) -> Tensor:
     (rank, m1, n1), m2 = a.shape, b.shape[1]
-    if rank * m2 > n1: z = F.linear(x, b.flatten(0, 1)).transpose(1, 2)  # else B's gradient would be larger than the input
-    else: z = torch.bmm(b.flatten(0, 1).expand(x.shape[0], -1, -1), x.transpose(1, 2))
-    if rank > 1: z = z.view(-1, rank, m2, n1).transpose(1, 2).flatten(2)
+    if rank * m2 > n1:
+        z = F.linear(x, b.flatten(0, 1)).transpose(
+            1, 2
+        )  # else B's gradient would be larger than the input
+    else:
+        z = torch.bmm(b.flatten(0, 1).expand(x.shape[0], -1, -1), x.transpose(1, 2))
+    if rank > 1:
+        z = z.view(-1, rank, m2, n1).transpose(1, 2).flatten(2)
     y = _interleaved(F.linear(z, _abreast(a)))
-    if bias is None: return y
-    return y + bias.to(y.dtype) if y.requires_grad or torch.jit.is_tracing() else y.add_(bias)  # in place would copy the gradients
+    if bias is None:
+        return y
+    return (
+        y + bias.to(y.dtype)
+        if y.requires_grad or torch.jit.is_tracing()
+        else y.add_(bias)
+    )  # in place would copy the gradients
 
-def _a_columns(x:Tensor, a:Tensor, b:Tensor, bias:Tensor|None)->Tensor:
+
+def _a_columns(x: Tensor, a: Tensor, b: Tensor, bias: Tensor | None) -> Tensor:
     (rank, m1, n1), (_, m2, n2) = a.shape, b.shape
-    z = F.linear(x.permute(2, 0, 1).contiguous(), a.flatten(0, 1)).view(n2, -1, rank, m1).permute(2, 0, 1, 3)
+    z = (
+        F.linear(x.permute(2, 0, 1).contiguous(), a.flatten(0, 1))
+        .view(n2, -1, rank, m1)
+        .permute(2, 0, 1, 3)
+    )
     y = (z.reshape(rank * n2, -1).T @ _abreast(b).T).view(-1, m1, m2)
     return y if bias is None else y.add_(bias)
 
-_WAYS = {Way("b", "rows"): _b_rows, Way("b", "columns"): _b_columns, Way("a", "rows"): _a_rows, Way("a", "columns"): _a_columns}
+
+_WAYS = {
+    Way("b", "rows"): _b_rows,
+    Way("b", "columns"): _b_columns,
+    Way("a", "rows"): _a_rows,
+    Way("a", "columns"): _a_columns,
+}
 
 # %% ../nbs/kronecker.ipynb #fbab10a4
 def kronecker_linear(
-    x:Tensor, # (..., n)
-    factors:Factors, # n1*n2 = n
-    bias:Tensor|None=None, # (m,)
-    way:Way|None=None, # default: what `way_for` says
-)->Tensor: # (..., m)
+    x: Tensor,  # (..., n)
+    factors: Factors,  # n1*n2 = n
+    bias: Tensor | None = None,  # (m,)
+    way: Way | None = None,  # default: what `way_for` says
+) -> Tensor:  # (..., m)
     "The product of the factors' weight with each input vector, plus the bias; the weight is never made. Raises `ValueError` for inputs of another width."
     a, b, (m1, n1), (m2, n2) = *factors, factors.a.shape[1:], factors.b.shape[1:]
-    if x.shape[-1] != n1 * n2: raise ValueError(f"inputs are {x.shape[-1]} wide, but the factors {m1}x{n1} and {m2}x{n2} want {n1 * n2}")
+    if x.shape[-1] != n1 * n2:
+        raise ValueError(
+            f"inputs are {x.shape[-1]} wide, but the factors {m1}x{n1} and {m2}x{n2} want {n1 * n2}"
+        )
     way = way or way_for((m1, n1), (m2, n2))
-    if way not in _WAYS: raise ValueError(f"way must be one of {', '.join(map(str, _WAYS))}; got {way!r}")
-    y = _WAYS[way](x.reshape(-1, n1, n2), a, b, None if bias is None else bias.view(m1, m2))
+    if way not in _WAYS:
+        raise ValueError(
+            f"way must be one of {', '.join(map(str, _WAYS))}; got {way!r}"
+        )
+    y = _WAYS[way](
+        x.reshape(-1, n1, n2), a, b, None if bias is None else bias.view(m1, m2)
+    )
     return y.reshape(*x.shape[:-1], m1 * m2)
 
 # %% ../nbs/kronecker.ipynb #57189c95
 class _Factored(nn.Module):
     "A layer whose weight is a sum of Kronecker products."
-    def __init__(self, shape:tuple[int,int], shape_a:tuple[int,int], rank:int):
+
+    def __init__(self, shape: tuple[int, int], shape_a: tuple[int, int], rank: int):
         super().__init__()
         self.shape, shape_b = shape, other_shape(shape, shape_a, rank)
-        self.a, self.b = nn.Parameter(torch.empty(rank, *shape_a)), nn.Parameter(torch.empty(rank, *shape_b))
+        self.a, self.b = (
+            nn.Parameter(torch.empty(rank, *shape_a)),
+            nn.Parameter(torch.empty(rank, *shape_b)),
+        )
 
     @property
-    def factors(self)->Factors: return Factors(self.a, self.b)
-    def extra_repr(self)->str:
+    def factors(self) -> Factors:
+        return Factors(self.a, self.b)
+
+    def extra_repr(self) -> str:
         times = f"{len(self.a)} x " if len(self.a) > 1 else ""
         return f"weight {self.shape[0]}x{self.shape[1]} = {times}{self.a.shape[1]}x{self.a.shape[2]} (x) {self.b.shape[1]}x{self.b.shape[2]}"
 
     @torch.no_grad()
-    def _spread(self, std:float)->None:
-        for factor in (self.a, self.b): nn.init.normal_(factor, std=(std / len(factor)**.5)**.5)
+    def _spread(self, std: float) -> None:
+        for factor in (self.a, self.b):
+            nn.init.normal_(factor, std=(std / len(factor) ** 0.5) ** 0.5)
 
 # %% ../nbs/kronecker.ipynb #881b5012
 @torch.no_grad()
-def _filled(new:nn.Module, values:dict[str,Tensor], old:nn.Module)->nn.Module:
+def _filled(new: nn.Module, values: dict[str, Tensor], old: nn.Module) -> nn.Module:
     "`new` with these values, and the old layer's bias, mode and device."
-    for name, value in values.items(): getattr(new, name).data = value.detach().clone()
-    if getattr(old, "bias", None) is not None: new.bias.data = old.bias.detach().clone()
+    for name, value in values.items():
+        getattr(new, name).data = value.detach().clone()
+    if getattr(old, "bias", None) is not None:
+        new.bias.data = old.bias.detach().clone()
     return new.train(old.training)
 
 # %% ../nbs/kronecker.ipynb #f436a68b
 class KroneckerLinear(_Factored):
     "A linear layer whose weight is a sum of Kronecker products, and is never made."
-    def __init__(self,
-        in_features:int, # n
-        out_features:int, # m
-        shape_a:tuple[int,int], # (m1, n1): divisors of m and n
-        rank:int=1, # products that are added
-        bias:bool=True, # whether there is one
+
+    def __init__(
+        self,
+        in_features: int,  # n
+        out_features: int,  # m
+        shape_a: tuple[int, int],  # (m1, n1): divisors of m and n
+        rank: int = 1,  # products that are added
+        bias: bool = True,  # whether there is one
     ):
         super().__init__((out_features, in_features), shape_a, rank)
-        self.in_features, self.out_features, self.way = in_features, out_features, way_for(shape_a, self.b.shape[1:])
+        self.in_features, self.out_features, self.way = (
+            in_features,
+            out_features,
+            way_for(shape_a, self.b.shape[1:]),
+        )
         self.bias = nn.Parameter(torch.empty(out_features)) if bias else None
         self.reset_parameters()
 
-    def reset_parameters(self)->None:
-        "Random factors; the product's entries vary as those of a fresh `nn.Linear`."; self._spread((3 * self.in_features)**-.5)
-        if self.bias is not None: nn.init.uniform_(self.bias, -self.in_features**-.5, self.in_features**-.5)
+    def reset_parameters(self) -> None:
+        "Random factors; the product's entries vary as those of a fresh `nn.Linear`."
+        self._spread((3 * self.in_features) ** -0.5)
+        if self.bias is not None:
+            nn.init.uniform_(
+                self.bias, -(self.in_features**-0.5), self.in_features**-0.5
+            )
 
-    def forward(self, x:Tensor)->Tensor: "`kronecker_linear`."; return kronecker_linear(x, self.factors, self.bias, self.way)
+    def forward(self, x: Tensor) -> Tensor:
+        "`kronecker_linear`."
+        return kronecker_linear(x, self.factors, self.bias, self.way)
 
     @classmethod
-    def from_dense(cls, layer:nn.Linear, shape_a:tuple[int,int], rank:int=1)->"KroneckerLinear":
+    def from_dense(
+        cls, layer: nn.Linear, shape_a: tuple[int, int], rank: int = 1
+    ) -> "KroneckerLinear":
         "The nearest such layer; the bias is copied."
-        new = cls(layer.in_features, layer.out_features, shape_a, rank, layer.bias is not None)
-        return _filled(new, nearest_kronecker(layer.weight, shape_a, rank)._asdict(), layer)
+        new = cls(
+            layer.in_features, layer.out_features, shape_a, rank, layer.bias is not None
+        )
+        return _filled(
+            new, nearest_kronecker(layer.weight, shape_a, rank)._asdict(), layer
+        )
 
-    def to_dense(self)->nn.Linear: "The same map, its weight made."; return _filled(nn.Linear(self.in_features, self.out_features, self.bias is not None), {"weight": self.factors.product()}, self)
+    def to_dense(self) -> nn.Linear:
+        "The same map, its weight made."
+        return _filled(
+            nn.Linear(self.in_features, self.out_features, self.bias is not None),
+            {"weight": self.factors.product()},
+            self,
+        )
 
 # %% ../nbs/kronecker.ipynb #04d10666
 class KroneckerEmbedding(_Factored):
     "An embedding table in which each row is a short row of its own times one row that all share: A is (rows, width / n), B is (1, n)."
-    def __init__(self,
-        num_embeddings:int, # rows
-        embedding_dim:int, # width
-        shape_a:tuple[int,int], # (num_embeddings, width / n)
-        rank:int=1, # products that are added
-        padding_idx:int|None=None, # a row that gets no gradient
+
+    def __init__(
+        self,
+        num_embeddings: int,  # rows
+        embedding_dim: int,  # width
+        shape_a: tuple[int, int],  # (num_embeddings, width / n)
+        rank: int = 1,  # products that are added
+        padding_idx: int | None = None,  # a row that gets no gradient
     ):
-        if shape_a[0] != num_embeddings: raise ValueError(f"each of the {num_embeddings} rows has a part of its own, so A has as many; got {shape_a[0]}")
+        if shape_a[0] != num_embeddings:
+            raise ValueError(
+                f"each of the {num_embeddings} rows has a part of its own, so A has as many; got {shape_a[0]}"
+            )
         super().__init__((num_embeddings, embedding_dim), shape_a, rank)
         self.num_embeddings, self.embedding_dim = num_embeddings, embedding_dim
-        self.padding_idx = padding_idx if padding_idx is None else range(num_embeddings)[padding_idx]  # -1 is the last, as in nn.Embedding
+        self.padding_idx = (
+            padding_idx if padding_idx is None else range(num_embeddings)[padding_idx]
+        )  # -1 is the last, as in nn.Embedding
         self.reset_parameters()
 
-    def reset_parameters(self)->None: "Random factors; the product's entries vary by 1, as those of `nn.Embedding`."; self._spread(1.)
-    def forward(self, input_ids:Tensor)->Tensor: # (..., embedding_dim)
+    def reset_parameters(self) -> None:
+        "Random factors; the product's entries vary by 1, as those of `nn.Embedding`."
+        self._spread(1.0)
+
+    def forward(self, input_ids: Tensor) -> Tensor:  # (..., embedding_dim)
         "The rows that are asked for."
         rank, words, width = self.a.shape
-        found = F.embedding(input_ids[..., None] + words * torch.arange(rank, device=input_ids.device), self.a.view(rank * words, width))
+        found = F.embedding(
+            input_ids[..., None] + words * torch.arange(rank, device=input_ids.device),
+            self.a.view(rank * words, width),
+        )
         rows = (found.transpose(-1, -2) @ self.b[:, 0]).flatten(-2)
-        return rows if self.padding_idx is None else torch.where((input_ids == self.padding_idx)[..., None], rows.detach(), rows)
+        return (
+            rows
+            if self.padding_idx is None
+            else torch.where(
+                (input_ids == self.padding_idx)[..., None], rows.detach(), rows
+            )
+        )
 
     @classmethod
-    def from_dense(cls, table:nn.Embedding, shape_a:tuple[int,int], rank:int=1)->"KroneckerEmbedding":
+    def from_dense(
+        cls, table: nn.Embedding, shape_a: tuple[int, int], rank: int = 1
+    ) -> "KroneckerEmbedding":
         "The nearest such table."
-        new = cls(table.num_embeddings, table.embedding_dim, shape_a, rank, table.padding_idx)
-        return _filled(new, nearest_kronecker(table.weight, shape_a, rank)._asdict(), table)
+        new = cls(
+            table.num_embeddings, table.embedding_dim, shape_a, rank, table.padding_idx
+        )
+        return _filled(
+            new, nearest_kronecker(table.weight, shape_a, rank)._asdict(), table
+        )
 
-    def to_dense(self)->nn.Embedding: "The same table, made."; return nn.Embedding.from_pretrained(self.factors.product().detach(), freeze=False, padding_idx=self.padding_idx)
+    def to_dense(self) -> nn.Embedding:
+        "The same table, made."
+        return nn.Embedding.from_pretrained(
+            self.factors.product().detach(), freeze=False, padding_idx=self.padding_idx
+        )
 
 # %% ../nbs/kronecker.ipynb #f73baa95
 _DENSE = (nn.Linear, nn.Embedding)
 
-def _entry(name:str, layer:nn.Module, entry:Any)->tuple[int,...]:
+
+def _entry(name: str, layer: nn.Module, entry: Any) -> tuple[int, ...]:
     "The entry of a layer, where it is a shape and the layer is one that can be replaced."
     numbers = tuple(entry) if isinstance(entry, (tuple, list)) else ()
-    if len(numbers) not in (2, 3) or not all(isinstance(n, int) for n in numbers): raise ValueError(f"{name}: {entry!r} is no shape: give (m1, n1) or (m1, n1, rank), whole numbers")
-    if isinstance(layer, nn.modules.linear.NonDynamicallyQuantizableLinear): raise ValueError(f"{name} belongs to nn.MultiheadAttention, which multiplies with its weight itself, and a Kronecker layer has none: narrow the pattern")
-    if "weight" not in layer._parameters: raise ValueError(f"{name}: its weight is made by a parametrization: torch.nn.utils.parametrize.remove_parametrizations first")
+    if len(numbers) not in (2, 3) or not all(isinstance(n, int) for n in numbers):
+        raise ValueError(
+            f"{name}: {entry!r} is no shape: give (m1, n1) or (m1, n1, rank), whole numbers"
+        )
+    if isinstance(layer, nn.modules.linear.NonDynamicallyQuantizableLinear):
+        raise ValueError(
+            f"{name} belongs to nn.MultiheadAttention, which multiplies with its weight itself, and a Kronecker layer has none: narrow the pattern"
+        )
+    if "weight" not in layer._parameters:
+        raise ValueError(
+            f"{name}: its weight is made by a parametrization: torch.nn.utils.parametrize.remove_parametrizations first"
+        )
     return numbers
 
 # %% ../nbs/kronecker.ipynb #6e99baab
-Spec = dict[str, tuple[int, ...]]  # pattern of layer names -> (m1, n1) or (m1, n1, rank); the first pattern that fits a name counts
+Spec = dict[
+    str, tuple[int, ...]
+]  # pattern of layer names -> (m1, n1) or (m1, n1, rank); the first pattern that fits a name counts
+
 
 def spec_layers(
-    model:nn.Module, # any
-    spec:Spec, # patterns as of a shell: "*" stands for anything
-    strict:bool=True, # False: a pattern may mean no layer
-)->dict[str,tuple[int,...]]: # name of each layer that is meant -> its entry
+    model: nn.Module,  # any
+    spec: Spec,  # patterns as of a shell: "*" stands for anything
+    strict: bool = True,  # False: a pattern may mean no layer
+) -> dict[str, tuple[int, ...]]:  # name of each layer that is meant -> its entry
     "Which layers a spec means. Raises `ValueError` for an empty spec, an entry that is no shape, a pattern that fits none, and a layer of another kind."
-    if not isinstance(spec, dict) or not all(isinstance(pattern, str) for pattern in spec): raise ValueError(f"a spec is a dict from patterns of layer names to shapes; got {spec!r}")
-    if not spec: raise ValueError('the spec is empty: {"*.dense": (16, 2)}, say, names what is to be compressed')
-    if isinstance(model, _DENSE): raise ValueError(f"the model is a layer itself: {'KroneckerLinear' if isinstance(model, nn.Linear) else 'KroneckerEmbedding'}.from_dense(model, shape_a)")
+    if not isinstance(spec, dict) or not all(
+        isinstance(pattern, str) for pattern in spec
+    ):
+        raise ValueError(
+            f"a spec is a dict from patterns of layer names to shapes; got {spec!r}"
+        )
+    if not spec:
+        raise ValueError(
+            'the spec is empty: {"*.dense": (16, 2)}, say, names what is to be compressed'
+        )
+    if isinstance(model, _DENSE):
+        raise ValueError(
+            f"the model is a layer itself: {'KroneckerLinear' if isinstance(model, nn.Linear) else 'KroneckerEmbedding'}.from_dense(model, shape_a)"
+        )
     found, used = {}, set()
     for name, layer in model.named_modules(remove_duplicate=False):
         pattern = next((p for p in spec if fnmatchcase(name, p)), None)
-        if pattern is None or not name: continue
-        if isinstance(layer, _DENSE): found[name] = _entry(name, layer, spec[pattern]); used.add(pattern)
-        elif not list(layer.children()) and list(layer.parameters()) and not isinstance(layer, _Factored):
-            raise ValueError(f"{pattern!r} means {name!r}, which is {type(layer).__name__}: only Linear and Embedding layers have Kronecker forms; narrow the pattern")
+        if pattern is None or not name:
+            continue
+        if isinstance(layer, _DENSE):
+            found[name] = _entry(name, layer, spec[pattern])
+            used.add(pattern)
+        elif (
+            not list(layer.children())
+            and list(layer.parameters())
+            and not isinstance(layer, _Factored)
+        ):
+            raise ValueError(
+                f"{pattern!r} means {name!r}, which is {type(layer).__name__}: only Linear and Embedding layers have Kronecker forms; narrow the pattern"
+            )
     for pattern in spec if strict else ():
         if pattern not in used:
-            names = [name for name, layer in model.named_modules() if isinstance(layer, _DENSE)]
-            raise ValueError(f"{pattern!r} means no Linear or Embedding layer of {type(model).__name__}, or none that an earlier pattern has not taken; there are {', '.join(names[:12])}{', ...' if len(names) > 12 else ''}")
+            names = [
+                name
+                for name, layer in model.named_modules()
+                if isinstance(layer, _DENSE)
+            ]
+            raise ValueError(
+                f"{pattern!r} means no Linear or Embedding layer of {type(model).__name__}, or none that an earlier pattern has not taken; there are {', '.join(names[:12])}{', ...' if len(names) > 12 else ''}"
+            )
     return found
 
 # %% ../nbs/kronecker.ipynb #4576329a
 def replace_layers(
-    model:nn.Module, # changed in place, or not at all where an error is raised
-    spec:Spec, # which layers, and their first factors
-    decompose:bool=True, # False: random factors, for weights that are loaded later; a pattern may then mean no layer
-)->nn.Module: # the same model
+    model: nn.Module,  # changed in place, or not at all where an error is raised
+    spec: Spec,  # which layers, and their first factors
+    decompose: bool = True,  # False: random factors, for weights that are loaded later; a pattern may then mean no layer
+) -> nn.Module:  # the same model
     "Put Kronecker layers in the place of dense ones. Layers that share a weight share its factors. Raises `ValueError` as `spec_layers` and `other_shape` do, naming the layer."
     entries, made, factors, new = {}, {}, {}, {}
     for name, entry in spec_layers(model, spec, strict=decompose).items():
-        other, first = entries.setdefault(id(model.get_submodule(name).weight), (name, entry))
-        if first != entry: raise ValueError(f"{other} and {name} share a weight, so they get one shape; the spec gives {first} and {entry}")
+        other, first = entries.setdefault(
+            id(model.get_submodule(name).weight), (name, entry)
+        )
+        if first != entry:
+            raise ValueError(
+                f"{other} and {name} share a weight, so they get one shape; the spec gives {first} and {entry}"
+            )
     for name, layer in model.named_modules(remove_duplicate=False):
         key = id(layer.weight) if isinstance(layer, _DENSE) else None
-        if key not in entries: continue
-        if id(layer) not in made: made[id(layer)] = _kronecker(layer, *entries[key], decompose and key not in factors)
-        new[name] = _filled(made[id(layer)], {}, layer) if decompose else made[id(layer)]
+        if key not in entries:
+            continue
+        if id(layer) not in made:
+            made[id(layer)] = _kronecker(
+                layer, *entries[key], decompose and key not in factors
+            )
+        new[name] = (
+            _filled(made[id(layer)], {}, layer) if decompose else made[id(layer)]
+        )
         new[name].a, new[name].b = factors.setdefault(key, (new[name].a, new[name].b))
-        if getattr(layer, "bias", None) is not None: new[name].bias = layer.bias  # the very one: it may be shared, or frozen
+        if getattr(layer, "bias", None) is not None:
+            new[name].bias = layer.bias  # the very one: it may be shared, or frozen
     for name, layer in new.items():
         parent, _, child = name.rpartition(".")
         setattr(model.get_submodule(parent), child, layer)
     return model
 
 # %% ../nbs/kronecker.ipynb #5337fc9e
-def _kronecker(layer:nn.Linear|nn.Embedding, name:str, entry:tuple[int,...], decompose:bool)->nn.Module:
+def _kronecker(
+    layer: nn.Linear | nn.Embedding, name: str, entry: tuple[int, ...], decompose: bool
+) -> nn.Module:
     "The layer's Kronecker form."
     (*shape_a, rank) = entry if len(entry) == 3 else (*entry, 1)
     try:
         if isinstance(layer, nn.Embedding):
-            if layer.max_norm is not None or layer.sparse or layer.scale_grad_by_freq: raise ValueError(f"only plain tables have a Kronecker form; this one has max_norm={layer.max_norm}, sparse={layer.sparse}, scale_grad_by_freq={layer.scale_grad_by_freq}")
-            if decompose: return KroneckerEmbedding.from_dense(layer, shape_a, rank)
-            return KroneckerEmbedding(layer.num_embeddings, layer.embedding_dim, shape_a, rank, layer.padding_idx)
-        if decompose: return KroneckerLinear.from_dense(layer, shape_a, rank)
-        return KroneckerLinear(layer.in_features, layer.out_features, shape_a, rank, layer.bias is not None)
-    except (ValueError, TypeError) as e: raise type(e)(f"{name}: {e}") from None
+            if layer.max_norm is not None or layer.sparse or layer.scale_grad_by_freq:
+                raise ValueError(
+                    f"only plain tables have a Kronecker form; this one has max_norm={layer.max_norm}, sparse={layer.sparse}, scale_grad_by_freq={layer.scale_grad_by_freq}"
+                )
+            if decompose:
+                return KroneckerEmbedding.from_dense(layer, shape_a, rank)
+            return KroneckerEmbedding(
+                layer.num_embeddings,
+                layer.embedding_dim,
+                shape_a,
+                rank,
+                layer.padding_idx,
+            )
+        if decompose:
+            return KroneckerLinear.from_dense(layer, shape_a, rank)
+        return KroneckerLinear(
+            layer.in_features, layer.out_features, shape_a, rank, layer.bias is not None
+        )
+    except (ValueError, TypeError) as e:
+        raise type(e)(f"{name}: {e}") from None
 
 # %% ../nbs/kronecker.ipynb #db43c532
 def kroneckerize(
-    model:nn.Module, # any with Linear or Embedding layers; left untouched
-    spec:Spec|str, # which layers, and their first factors; or, for a BERT, a name of `PRESETS`
-)->nn.Module: # a compressed copy: the nearest factors, which are trained; everything else as it is
+    model: nn.Module,  # any with Linear or Embedding layers; left untouched
+    spec: Spec
+    | str,  # which layers, and their first factors; or, for a BERT, a name of `PRESETS`
+) -> nn.Module:  # a compressed copy: the nearest factors, which are trained; everything else as it is
     """The compressed student of `model`. A Hugging Face BERT becomes a KroneckerBERT, which `save_pretrained` stores.
 
     Raises `ValueError` as `replace_layers` does, and for an unknown preset."""
     kind = getattr(getattr(model, "config", None), "model_type", "")
-    with torch.random.fork_rng(devices=[]):  # layers draw random weights before they get their own
-        if kind == "bert": return import_module("kdbook.kronecker_bert").from_bert(model, spec)
-        if isinstance(spec, str): raise ValueError(f"the preset {spec!r} is for dense BERT models, not for {type(model).__name__}: give a spec, such as {{'*.dense': (16, 2)}}")
+    with torch.random.fork_rng(
+        devices=[]
+    ):  # layers draw random weights before they get their own
+        if kind == "bert":
+            return import_module("kdbook.kronecker_bert").from_bert(model, spec)
+        if isinstance(spec, str):
+            raise ValueError(
+                f"the preset {spec!r} is for dense BERT models, not for {type(model).__name__}: give a spec, such as {{'*.dense': (16, 2)}}"
+            )
         small = replace_layers(copied(model), spec)
-    if kind == "kronecker-bert": small.config.kronecker = small.config.kronecker | {pattern: list(entry) for pattern, entry in _anywhere(spec).items()}
+    if kind == "kronecker-bert":
+        small.config.kronecker = small.config.kronecker | {
+            pattern: list(entry) for pattern, entry in _anywhere(spec).items()
+        }
     return small
 
 # %% ../nbs/kronecker.ipynb #6d73397b
-def _anywhere(spec:Spec)->Spec: return {p if p.startswith("*") else "*" + p.removeprefix("bert."): entry for p, entry in spec.items()}
+def _anywhere(spec: Spec) -> Spec:
+    return {
+        p if p.startswith("*") else "*" + p.removeprefix("bert."): entry
+        for p, entry in spec.items()
+    }
 
 # %% ../nbs/kronecker.ipynb #5a422052
-_IN_BERT = ("KroneckerBertConfig", "KroneckerBertModel", "KroneckerBertForSequenceClassification", "KroneckerBertForMaskedLM", "PRESETS", "preset", "bert_spec",
-            "recipe", "pretraining_recipe", "with_encoder", "TaskKD", "PretrainingKD")
+_IN_BERT = (
+    "KroneckerBertConfig",
+    "KroneckerBertModel",
+    "KroneckerBertForSequenceClassification",
+    "KroneckerBertForMaskedLM",
+    "PRESETS",
+    "preset",
+    "bert_spec",
+    "recipe",
+    "pretraining_recipe",
+    "with_encoder",
+    "TaskKD",
+    "PretrainingKD",
+)
 
-def __getattr__(name:str)->Any:
+
+def __getattr__(name: str) -> Any:
     "What needs transformers is in `kronecker_bert`, and loaded when it is asked for."
-    if name not in _IN_BERT: raise AttributeError(f"module 'kdbook.kronecker' has no attribute {name!r}")
+    if name not in _IN_BERT:
+        raise AttributeError(f"module 'kdbook.kronecker' has no attribute {name!r}")
     return getattr(import_module("kdbook.kronecker_bert"), name)
 
 # %% ../nbs/kronecker.ipynb #1d4ef69c
 @cache
-def _bert_config()->type:
+def _bert_config() -> type:
     "The class `KroneckerBertConfig`, made where transformers is there."
-    try: from transformers import PreTrainedConfig
-    except ImportError: from transformers import PretrainedConfig as PreTrainedConfig  # its name in transformers 4
+    try:
+        from transformers import PreTrainedConfig
+    except ImportError:
+        from transformers import (
+            PretrainedConfig as PreTrainedConfig,
+        )  # its name in transformers 4
+
     class KroneckerBertConfig(PreTrainedConfig):
         "What `BertConfig` says, and which layers are Kronecker layers."
+
         model_type = "kronecker-bert"
-        def __init__(self,
-            kronecker:Spec|None=None, # which layers, and their first factors
-            vocab_size:int=30522, hidden_size:int=768, num_hidden_layers:int=12, num_attention_heads:int=12, intermediate_size:int=3072, # as in BERT
-            hidden_act:str="gelu", hidden_dropout_prob:float=0.1, attention_probs_dropout_prob:float=0.1, classifier_dropout:float|None=None,
-            max_position_embeddings:int=512, type_vocab_size:int=2, initializer_range:float=0.02, layer_norm_eps:float=1e-12,
-            **settings:Any, # as in every Hugging Face configuration
+
+        def __init__(
+            self,
+            kronecker: Spec | None = None,  # which layers, and their first factors
+            vocab_size: int = 30522,
+            hidden_size: int = 768,
+            num_hidden_layers: int = 12,
+            num_attention_heads: int = 12,
+            intermediate_size: int = 3072,  # as in BERT
+            hidden_act: str = "gelu",
+            hidden_dropout_prob: float = 0.1,
+            attention_probs_dropout_prob: float = 0.1,
+            classifier_dropout: float | None = None,
+            max_position_embeddings: int = 512,
+            type_vocab_size: int = 2,
+            initializer_range: float = 0.02,
+            layer_norm_eps: float = 1e-12,
+            **settings: Any,  # as in every Hugging Face configuration
         ):
-            given = {k: v for k, v in locals().items() if k not in ("self", "kronecker", "settings", "__class__")}
-            super().__init__(**{"pad_token_id": 0, "is_decoder": False, "add_cross_attention": False, "use_cache": False, "tie_word_embeddings": True, **settings})
-            for name, value in given.items(): setattr(self, name, value)
-            self.kronecker = {pattern: list(entry) for pattern, entry in (kronecker or {}).items()}
-            import_module("kdbook.kronecker_bert")  # the Auto classes know the models from here on
-    KroneckerBertConfig.__module__, KroneckerBertConfig.__qualname__ = "kdbook.kronecker_bert", "KroneckerBertConfig"
+            given = {
+                k: v
+                for k, v in locals().items()
+                if k not in ("self", "kronecker", "settings", "__class__")
+            }
+            super().__init__(
+                **{
+                    "pad_token_id": 0,
+                    "is_decoder": False,
+                    "add_cross_attention": False,
+                    "use_cache": False,
+                    "tie_word_embeddings": True,
+                    **settings,
+                }
+            )
+            for name, value in given.items():
+                setattr(self, name, value)
+            self.kronecker = {
+                pattern: list(entry) for pattern, entry in (kronecker or {}).items()
+            }
+            import_module(
+                "kdbook.kronecker_bert"
+            )  # the Auto classes know the models from here on
+
+    KroneckerBertConfig.__module__, KroneckerBertConfig.__qualname__ = (
+        "kdbook.kronecker_bert",
+        "KroneckerBertConfig",
+    )
     return KroneckerBertConfig
 
-def _register(auto:Any)->None: # the module's own class, also where these lines run in a notebook: there must be one only
-    auto.AutoConfig.register("kronecker-bert", import_module("kdbook.kronecker")._bert_config())
-wrapt.register_post_import_hook(_register, "transformers.models.auto.configuration_auto")
+
+def _register(
+    auto: Any,
+) -> None:  # the module's own class, also where these lines run in a notebook: there must be one only
+    auto.AutoConfig.register(
+        "kronecker-bert", import_module("kdbook.kronecker")._bert_config()
+    )
+
+
+wrapt.register_post_import_hook(
+    _register, "transformers.models.auto.configuration_auto"
+)

@@ -12,265 +12,484 @@ __all__ = ['PRESETS', 'KroneckerBertConfig', 'bert_spec', 'preset', 'KroneckerBe
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any, Iterator, NamedTuple
+
 import torch
 from torch import Tensor, nn
-from transformers import AutoModel, AutoModelForMaskedLM, AutoModelForSequenceClassification, BertForMaskedLM, BertForSequenceClassification, BertModel
-from .distillation import copied, forward, logit_mse, logits_of, soft_target_loss
-from .kronecker import Spec, _Factored, _anywhere, _bert_config, replace_layers
-from .training import Loss, Progress, Recipe, Stage, label_loss
+from transformers import (
+    AutoModel,
+    AutoModelForMaskedLM,
+    AutoModelForSequenceClassification,
+    BertForMaskedLM,
+    BertForSequenceClassification,
+    BertModel,
+)
+
+from .kronecker import Spec, _anywhere, _bert_config, _Factored, replace_layers
+from .losses import label_loss, logit_mse, soft_target_loss
+from .rows import copied, forward, logits_of
+from .training import Loss, Progress, Recipe, Stage
 from .words import mask_tokens
 
 # %% ../nbs/kronecker_bert.ipynb #3ff885ca
 def bert_spec(
-    config:Any, # of a BERT: hidden_size, intermediate_size, vocab_size
-    attention:tuple[int,int]|None=(2, 16), # (m2, n2): B of the four attention layers; None: dense
-    ffn:tuple[int,int]|None=(16, 2), # (m1, n1): A of the first feed-forward layer, swapped for the second; None: dense
-    words:int|None=16, # n: width of the row that all words share; None: dense
-    rank:int=1, # products that are added, of attention and feed-forward layers
-)->Spec:
+    config: Any,  # of a BERT: hidden_size, intermediate_size, vocab_size
+    attention: tuple[int, int] | None = (
+        2,
+        16,
+    ),  # (m2, n2): B of the four attention layers; None: dense
+    ffn: tuple[int, int] | None = (
+        16,
+        2,
+    ),  # (m1, n1): A of the first feed-forward layer, swapped for the second; None: dense
+    words: int | None = 16,  # n: width of the row that all words share; None: dense
+    rank: int = 1,  # products that are added, of attention and feed-forward layers
+) -> Spec:
     "The shapes of KroneckerBERT for a BERT of any width (Tahaei et al. 2022, table of shapes, read with the sizes that scale)."
     config = getattr(config, "config", config)  # a model will do
     d, spec = config.hidden_size, {}
     if attention:
         (m2, n2), name = attention, f"attention={attention}"
         for divisor in (m2, n2):
-            if divisor < 1 or d % divisor: raise ValueError(f"{name} does not fit a hidden size of {d}: take divisors of it")
-        spec |= {name: (d // m2, d // n2, rank) for name in ("*.attention.self.*", "*.attention.output.dense")}
-    if ffn: spec |= {"*.intermediate.dense": (*ffn, rank), "*.layer.*.output.dense": (*ffn[::-1], rank)}
+            if divisor < 1 or d % divisor:
+                raise ValueError(
+                    f"{name} does not fit a hidden size of {d}: take divisors of it"
+                )
+        spec |= {
+            name: (d // m2, d // n2, rank)
+            for name in ("*.attention.self.*", "*.attention.output.dense")
+        }
+    if ffn:
+        spec |= {
+            "*.intermediate.dense": (*ffn, rank),
+            "*.layer.*.output.dense": (*ffn[::-1], rank),
+        }
     if words:
-        if d % words: raise ValueError(f"words={words} does not divide the hidden size of {d}")
+        if d % words:
+            raise ValueError(f"words={words} does not divide the hidden size of {d}")
         spec["*word_embeddings"] = (config.vocab_size, d // words)
     return spec
 
-PRESETS = {"kronecker-bert-8": dict(attention=(2, 2), ffn=(8, 2), words=8), "kronecker-bert-21": dict(attention=(2, 16), ffn=(16, 2), words=16)}
+
+PRESETS = {
+    "kronecker-bert-8": dict(attention=(2, 2), ffn=(8, 2), words=8),
+    "kronecker-bert-21": dict(attention=(2, 16), ffn=(16, 2), words=16),
+}
+
 
 def preset(
-    name:str, # a key of PRESETS
-    config:Any, # of the BERT that is to be compressed
-)->Spec:
+    name: str,  # a key of PRESETS
+    config: Any,  # of the BERT that is to be compressed
+) -> Spec:
     "The paper's shapes for this BERT. Raises `ValueError` for an unknown name."
-    if name not in PRESETS: raise ValueError(f"no preset {name!r}; there are {', '.join(PRESETS)}")
+    if name not in PRESETS:
+        raise ValueError(f"no preset {name!r}; there are {', '.join(PRESETS)}")
     return bert_spec(config, **PRESETS[name])
 
 # %% ../nbs/kronecker_bert.ipynb #8d6acfe9
 KroneckerBertConfig = _bert_config()
 
+
 class _Compressed:
     "A BERT whose layers are replaced as its configuration says, before weights are loaded or drawn."
+
     config_class = KroneckerBertConfig
-    def _replace(self)->None:
-        if self.config.kronecker: replace_layers(self, self.config.kronecker, decompose=False)
 
-    def post_init(self)->None: self._replace(); super().post_init()
+    def _replace(self) -> None:
+        if self.config.kronecker:
+            replace_layers(self, self.config.kronecker, decompose=False)
+
+    def post_init(self) -> None:
+        self._replace()
+        super().post_init()
+
     @torch.no_grad()
-    def _init_weights(self, module:nn.Module)->None:
-        if not isinstance(module, _Factored): return super()._init_weights(module)
+    def _init_weights(self, module: nn.Module) -> None:
+        if not isinstance(module, _Factored):
+            return super()._init_weights(module)
         module._spread(self.config.initializer_range)
-        if getattr(module, "bias", None) is not None: nn.init.zeros_(module.bias)
+        if getattr(module, "bias", None) is not None:
+            nn.init.zeros_(module.bias)
 
-class KroneckerBertModel(_Compressed, BertModel): "The encoder."
-class KroneckerBertForSequenceClassification(_Compressed, BertForSequenceClassification): "The encoder with a classification head."
+
+class KroneckerBertModel(_Compressed, BertModel):
+    "The encoder."
+
+
+class KroneckerBertForSequenceClassification(
+    _Compressed, BertForSequenceClassification
+):
+    "The encoder with a classification head."
+
+
 class KroneckerBertForMaskedLM(_Compressed, BertForMaskedLM):
     "The encoder with a masked-LM head; its output layer is the word table, one set of factors in two places."
-    def _replace(self)->None:
+
+    def _replace(self) -> None:
         bert, head = self.bert.embeddings, self.cls.predictions
-        if self.config.tie_word_embeddings: head.decoder.weight = bert.word_embeddings.weight  # so that both are replaced together
+        if self.config.tie_word_embeddings:
+            head.decoder.weight = (
+                bert.word_embeddings.weight
+            )  # so that both are replaced together
         super()._replace()
-        names = ("a", "b") if isinstance(bert.word_embeddings, _Factored) else ("weight",)
-        self._tied_weights_keys = {f"cls.predictions.decoder.{n}": f"bert.embeddings.word_embeddings.{n}" for n in names} | {"cls.predictions.decoder.bias": "cls.predictions.bias"}
+        names = (
+            ("a", "b") if isinstance(bert.word_embeddings, _Factored) else ("weight",)
+        )
+        self._tied_weights_keys = {
+            f"cls.predictions.decoder.{n}": f"bert.embeddings.word_embeddings.{n}"
+            for n in names
+        } | {"cls.predictions.decoder.bias": "cls.predictions.bias"}
 
 # %% ../nbs/kronecker_bert.ipynb #7eb5454b
-_CLASSES = {BertModel: (KroneckerBertModel, AutoModel), BertForSequenceClassification: (KroneckerBertForSequenceClassification, AutoModelForSequenceClassification),
-            BertForMaskedLM: (KroneckerBertForMaskedLM, AutoModelForMaskedLM)}
-for _mine, _auto in _CLASSES.values(): _auto.register(KroneckerBertConfig, _mine)
+_CLASSES = {
+    BertModel: (KroneckerBertModel, AutoModel),
+    BertForSequenceClassification: (
+        KroneckerBertForSequenceClassification,
+        AutoModelForSequenceClassification,
+    ),
+    BertForMaskedLM: (KroneckerBertForMaskedLM, AutoModelForMaskedLM),
+}
+for _mine, _auto in _CLASSES.values():
+    _auto.register(KroneckerBertConfig, _mine)
 
 # %% ../nbs/kronecker_bert.ipynb #3641ee9a
 def from_bert(
-    model:nn.Module, # a Hugging Face BERT; left untouched
-    spec:Spec|str, # as in `kroneckerize`
-)->nn.Module: # a KroneckerBERT, or for other heads a copy with Kronecker layers
+    model: nn.Module,  # a Hugging Face BERT; left untouched
+    spec: Spec | str,  # as in `kroneckerize`
+) -> nn.Module:  # a KroneckerBERT, or for other heads a copy with Kronecker layers
     "What `kroneckerize` does with a BERT."
     spec = preset(spec, model.config) if isinstance(spec, str) else spec
     small = replace_layers(copied(model), spec)
     if type(model) not in _CLASSES:
         small.save_pretrained = partial(_unstorable, type(model).__name__)
         return small
-    settings = {k: v for k, v in model.config.to_dict().items() if k not in ("model_type", "architectures", "transformers_version")}
-    headless = {"add_pooling_layer": False} if isinstance(model, BertModel) and model.pooler is None else {}
-    new = _CLASSES[type(model)][1].from_config(KroneckerBertConfig(kronecker=_anywhere(spec), **settings), attn_implementation=model.config._attn_implementation, **headless)
+    settings = {
+        k: v
+        for k, v in model.config.to_dict().items()
+        if k not in ("model_type", "architectures", "transformers_version")
+    }
+    headless = (
+        {"add_pooling_layer": False}
+        if isinstance(model, BertModel) and model.pooler is None
+        else {}
+    )
+    new = _CLASSES[type(model)][1].from_config(
+        KroneckerBertConfig(kronecker=_anywhere(spec), **settings),
+        attn_implementation=model.config._attn_implementation,
+        **headless,
+    )
     new.load_state_dict(small.state_dict())
-    for p, q in zip(new.parameters(), small.parameters()): p.requires_grad_(q.requires_grad)
-    if hasattr(model, "tokenizer"): new.tokenizer = model.tokenizer
+    for p, q in zip(new.parameters(), small.parameters()):
+        p.requires_grad_(q.requires_grad)
+    if hasattr(model, "tokenizer"):
+        new.tokenizer = model.tokenizer
     return new.to(next(model.parameters())).train(model.training)
 
-def _unstorable(kind:str, *args:Any, **how:Any)->None:
-    raise TypeError(f"no KroneckerBERT stores a {kind}: keep its state_dict() with safetensors, and load that into kroneckerize(model, spec) of the dense model")
+
+def _unstorable(kind: str, *args: Any, **how: Any) -> None:
+    raise TypeError(
+        f"no KroneckerBERT stores a {kind}: keep its state_dict() with safetensors, and load that into kroneckerize(model, spec) of the dense model"
+    )
 
 # %% ../nbs/kronecker_bert.ipynb #58aa36e5
 class Inside(NamedTuple):
     "What a BERT computes on the way."
-    embedding:Tensor # (batch, seq_len, hidden_size), after its norm
-    scores:tuple[Tensor,...] # per layer (batch, heads, seq_len, seq_len), before the softmax
-    ffn:tuple[Tensor,...] # per layer (batch, seq_len, hidden_size), after the norm that follows the feed-forward part
+
+    embedding: Tensor  # (batch, seq_len, hidden_size), after its norm
+    scores: tuple[
+        Tensor, ...
+    ]  # per layer (batch, heads, seq_len, seq_len), before the softmax
+    ffn: tuple[
+        Tensor, ...
+    ]  # per layer (batch, seq_len, hidden_size), after the norm that follows the feed-forward part
 
 # %% ../nbs/kronecker_bert.ipynb #b86d56b0
 @contextmanager
 def watched(
-    model:nn.Module, # a BERT or KroneckerBERT, wrapped for several processes or not
-)->Iterator[dict[str,Tensor]]: # filled by the next forward pass
+    model: nn.Module,  # a BERT or KroneckerBERT, wrapped for several processes or not
+) -> Iterator[dict[str, Tensor]]:  # filled by the next forward pass
     "Keep what `inside` reads, as long as the block lasts. Raises `ValueError` for a model of another kind."
     bare = getattr(model, "module", model)
     base = getattr(bare, "base_model", bare)
-    if not hasattr(getattr(base, "encoder", None), "layer"): raise ValueError(f"intermediate layers are read from a BERT, or from a model around one; {type(bare).__name__} has no encoder.layer")
+    if not hasattr(getattr(base, "encoder", None), "layer"):
+        raise ValueError(
+            f"intermediate layers are read from a BERT, or from a model around one; {type(bare).__name__} has no encoder.layer"
+        )
     layers = {"embedding": base.embeddings.LayerNorm}
     for i, layer in enumerate(base.encoder.layer):
-        layers |= {f"query {i}": layer.attention.self.query, f"key {i}": layer.attention.self.key, f"ffn {i}": layer.output.LayerNorm}
+        layers |= {
+            f"query {i}": layer.attention.self.query,
+            f"key {i}": layer.attention.self.key,
+            f"ffn {i}": layer.output.LayerNorm,
+        }
     kept = {}
     with ExitStack() as hooks:
         for name, layer in layers.items():
-            handle = layer.register_forward_hook(lambda _, inputs, output, name=name: kept.__setitem__(name, output))
+            handle = layer.register_forward_hook(
+                lambda _, inputs, output, name=name: kept.__setitem__(name, output)
+            )
             hooks.callback(handle.remove)
         yield kept
 
 # %% ../nbs/kronecker_bert.ipynb #524bcb18
 def inside(
-    kept:dict[str,Tensor], # what a forward pass within `watched` left
-    heads:int, # attention heads per layer
-)->Inside:
+    kept: dict[str, Tensor],  # what a forward pass within `watched` left
+    heads: int,  # attention heads per layer
+) -> Inside:
     "Embedding output, attention scores and feed-forward outputs."
     layers = range(sum(name.startswith("ffn") for name in kept))
     apart = lambda x: x.unflatten(-1, (heads, -1)).transpose(1, 2)
-    scores = tuple(apart(kept[f"query {i}"]) @ apart(kept[f"key {i}"]).transpose(-1, -2) / (kept[f"key {i}"].shape[-1] // heads) ** .5 for i in layers)
+    scores = tuple(
+        apart(kept[f"query {i}"])
+        @ apart(kept[f"key {i}"]).transpose(-1, -2)
+        / (kept[f"key {i}"].shape[-1] // heads) ** 0.5
+        for i in layers
+    )
     return Inside(kept["embedding"], scores, tuple(kept[f"ffn {i}"] for i in layers))
 
 # %% ../nbs/kronecker_bert.ipynb #006407d6
 def intermediate_losses(
-    student:Inside, # of the student
-    teacher:Inside, # of the teacher, as many layers; receives no gradient
-    attention_mask:Tensor|None=None, # (batch, seq_len); padding counts for nothing (our reading); default: all tokens
-)->dict[str,Tensor]: # "embedding", "attention", "ffn": scalars
+    student: Inside,  # of the student
+    teacher: Inside,  # of the teacher, as many layers; receives no gradient
+    attention_mask: Tensor
+    | None = None,  # (batch, seq_len); padding counts for nothing (our reading); default: all tokens
+) -> dict[str, Tensor]:  # "embedding", "attention", "ffn": scalars
     "The three mean squared errors, those of layers and of scores summed over layers (Tahaei et al. 2022). Raises `ValueError` where shapes differ."
-    seen = [(len(side.ffn), side.scores[0].shape[1], side.embedding.shape[-1]) for side in (student, teacher)]
+    seen = [
+        (len(side.ffn), side.scores[0].shape[1], side.embedding.shape[-1])
+        for side in (student, teacher)
+    ]
     if seen[0] != seen[1]:
-        raise ValueError("student and teacher must have the same layers, heads and width, but they have {} and {}: kroneckerize this very teacher, which keeps all three".format(*seen))
+        raise ValueError(
+            "student and teacher must have the same layers, heads and width, but they have {} and {}: kroneckerize this very teacher, which keeps all three".format(
+                *seen
+            )
+        )
     ones = torch.ones(student.embedding.shape[:2], device=student.embedding.device)
     mask = ones if attention_mask is None else attention_mask.float()
     tokens, pairs = mask[..., None], (mask[:, :, None] * mask[:, None])[:, None]
-    mse = lambda x, y, where: ((x.float() - y.detach().float())**2 * where).sum() / where.expand_as(x).sum()  # half precision would overflow
-    return dict(embedding=mse(student.embedding, teacher.embedding, tokens),
-                attention=sum(mse(x, y, pairs) for x, y in zip(student.scores, teacher.scores)),
-                ffn=sum(mse(x, y, tokens) for x, y in zip(student.ffn, teacher.ffn)))
+    mse = lambda x, y, where: (
+        ((x.float() - y.detach().float()) ** 2 * where).sum() / where.expand_as(x).sum()
+    )  # half precision would overflow
+    return dict(
+        embedding=mse(student.embedding, teacher.embedding, tokens),
+        attention=sum(mse(x, y, pairs) for x, y in zip(student.scores, teacher.scores)),
+        ffn=sum(mse(x, y, tokens) for x, y in zip(student.ffn, teacher.ffn)),
+    )
 
 # %% ../nbs/kronecker_bert.ipynb #9d1f6825
 @contextmanager
 def at_holes(
-    model:nn.Module, # a BERT-like masked language model
-    where:Tensor, # (batch, seq_len), True where logits are wanted
-)->Iterator[None]:
+    model: nn.Module,  # a BERT-like masked language model
+    where: Tensor,  # (batch, seq_len), True where logits are wanted
+) -> Iterator[None]:
     "Within the block the output layer sees the holes alone, and logits are (holes, vocab_size): the rest of them would cost most of the memory."
-    if not hasattr(model, "cls"): raise ValueError(f"stage one wants BertForMaskedLM or KroneckerBertForMaskedLM, got {type(model).__name__}: kroneckerize a masked language model")
+    if not hasattr(model, "cls"):
+        raise ValueError(
+            f"stage one wants BertForMaskedLM or KroneckerBertForMaskedLM, got {type(model).__name__}: kroneckerize a masked language model"
+        )
     handle = model.cls.register_forward_pre_hook(lambda _, inputs: (inputs[0][where],))
-    try: yield
-    finally: handle.remove()
+    try:
+        yield
+    finally:
+        handle.remove()
 
 # %% ../nbs/kronecker_bert.ipynb #df5ef6ab
 class _FromInside:
     "An objective with a live BERT teacher."
-    def __init__(self, teacher:nn.Module|None, bf16:bool): self.bf16, self._teacher = bf16, teacher
 
-    def check(self, stage:Any, train:Any, validation:Any)->None:
+    def __init__(self, teacher: nn.Module | None, bf16: bool):
+        self.bf16, self._teacher = bf16, teacher
+
+    def check(self, stage: Any, train: Any, validation: Any) -> None:
         "Called by `fit` before it starts."
-        if not isinstance(self._teacher, nn.Module): raise ValueError(f"{type(self).__name__} needs a live teacher, a model with its weights: recipe(teacher); got {self._teacher!r}")
+        if not isinstance(self._teacher, nn.Module):
+            raise ValueError(
+                f"{type(self).__name__} needs a live teacher, a model with its weights: recipe(teacher); got {self._teacher!r}"
+            )
 
-    def told(self, model:nn.Module, batch:dict[str,Tensor], read:Any)->tuple[Tensor,Inside]:
+    def told(
+        self, model: nn.Module, batch: dict[str, Tensor], read: Any
+    ) -> tuple[Tensor, Inside]:
         "What `read` takes of the teacher's output, and what is inside; no gradient, no dropout."
         device = batch["input_ids"].device
-        with torch.no_grad(), watched(model.to(device).eval()) as kept, torch.autocast(device.type, torch.bfloat16, enabled=self.bf16): output = forward(model, batch, read)
-        return output.float(), inside({name: value.float() for name, value in kept.items()}, model.config.num_attention_heads)
+        with (
+            torch.no_grad(),
+            watched(model.to(device).eval()) as kept,
+            torch.autocast(device.type, torch.bfloat16, enabled=self.bf16),
+        ):
+            output = forward(model, batch, read)
+        return output.float(), inside(
+            {name: value.float() for name, value in kept.items()},
+            model.config.num_attention_heads,
+        )
 
-    def losses(self, student:nn.Module, kept:dict[str,Tensor], theirs:Inside, batch:dict[str,Tensor])->dict[str,Tensor]:
+    def losses(
+        self,
+        student: nn.Module,
+        kept: dict[str, Tensor],
+        theirs: Inside,
+        batch: dict[str, Tensor],
+    ) -> dict[str, Tensor]:
         "The three intermediate losses."
         heads = getattr(student, "module", student).config.num_attention_heads
-        return intermediate_losses(inside(kept, heads), theirs, batch.get("attention_mask"))
+        return intermediate_losses(
+            inside(kept, heads), theirs, batch.get("attention_mask")
+        )
 
 # %% ../nbs/kronecker_bert.ipynb #a3835a98
 class PretrainingKD(_FromInside):
     "Stage one: guess covered words, and follow the teacher's layers on the same covered text; no labels (Tahaei et al. 2022, without next-sentence prediction)."
-    requires, rows = (), "all"
-    def __init__(self,
-        teacher:nn.Module|None=None, # a BERT with a masked-LM head; None: the settings alone, to look at a recipe
-        mask_rate:float=0.15, # in (0, 1]: share of the tokens that are covered
-        bf16:bool=False, # the teacher runs in bfloat16, for hardware that is quicker at it
-    ): super().__init__(teacher, bf16); self.mask_rate = mask_rate
 
-    def __call__(self, student:nn.Module, batch:dict[str,Tensor], progress:Progress)->Loss:
+    requires, rows = (), "all"
+
+    def __init__(
+        self,
+        teacher: nn.Module
+        | None = None,  # a BERT with a masked-LM head; None: the settings alone, to look at a recipe
+        mask_rate: float = 0.15,  # in (0, 1]: share of the tokens that are covered
+        bf16: bool = False,  # the teacher runs in bfloat16, for hardware that is quicker at it
+    ):
+        super().__init__(teacher, bf16)
+        self.mask_rate = mask_rate
+
+    def __call__(
+        self, student: nn.Module, batch: dict[str, Tensor], progress: Progress
+    ) -> Loss:
         "Masked-LM loss and the three intermediate losses, weight 1 each."
         bare = getattr(student, "module", student)
-        if not hasattr(bare, "tokenizer"): raise ValueError(f"{type(bare).__name__} has no .tokenizer, which says what may be covered: set student.tokenizer")
+        if not hasattr(bare, "tokenizer"):
+            raise ValueError(
+                f"{type(bare).__name__} has no .tokenizer, which says what may be covered: set student.tokenizer"
+            )
         batch = {"attention_mask": torch.ones_like(batch["input_ids"]), **batch}
-        covered, where = mask_tokens(batch["input_ids"], batch["attention_mask"], bare.tokenizer, self.mask_rate)
-        if not where.any(): where[:, 0] = True  # a batch needs a hole; its first token is special and soon guessed
+        covered, where = mask_tokens(
+            batch["input_ids"], batch["attention_mask"], bare.tokenizer, self.mask_rate
+        )
+        if not where.any():
+            where[:, 0] = (
+                True  # a batch needs a hole; its first token is special and soon guessed
+            )
         inputs = batch | {"input_ids": covered}
-        _, theirs = self.told(self._teacher.base_model, inputs, lambda output: output.last_hidden_state)
-        with watched(student) as kept, at_holes(bare, where): logits = forward(student, inputs)
-        losses = self.losses(student, kept, theirs, inputs) | {"masked_lm": label_loss(logits, batch["input_ids"][where])}
-        return Loss(sum(losses.values()), {name: value.detach() for name, value in losses.items()})
+        _, theirs = self.told(
+            self._teacher.base_model, inputs, lambda output: output.last_hidden_state
+        )
+        with watched(student) as kept, at_holes(bare, where):
+            logits = forward(student, inputs)
+        losses = self.losses(student, kept, theirs, inputs) | {
+            "masked_lm": label_loss(logits, batch["input_ids"][where])
+        }
+        return Loss(
+            sum(losses.values()),
+            {name: value.detach() for name, value in losses.items()},
+        )
 
 # %% ../nbs/kronecker_bert.ipynb #82295f71
 class TaskKD(_FromInside):
     "Stage two: the teacher's layers, its logits, and the labels, weight 1 each (Tahaei et al. 2022); the logit loss is our reconstruction."
-    requires, rows = ("label",), "all"
-    def __init__(self,
-        teacher:nn.Module|None=None, # a BERT fine-tuned on the task; None: the settings alone
-        temperature:float=1.0, # > 0, of the logit loss, which the paper does not define
-        bf16:bool=False, # the teacher runs in bfloat16
-    ): super().__init__(teacher, bf16); self.temperature = temperature
 
-    def __call__(self, student:nn.Module, batch:dict[str,Tensor], progress:Progress)->Loss:
+    requires, rows = ("label",), "all"
+
+    def __init__(
+        self,
+        teacher: nn.Module
+        | None = None,  # a BERT fine-tuned on the task; None: the settings alone
+        temperature: float = 1.0,  # > 0, of the logit loss, which the paper does not define
+        bf16: bool = False,  # the teacher runs in bfloat16
+    ):
+        super().__init__(teacher, bf16)
+        self.temperature = temperature
+
+    def __call__(
+        self, student: nn.Module, batch: dict[str, Tensor], progress: Progress
+    ) -> Loss:
         "The five-term loss."
         said, theirs = self.told(self._teacher, batch, logits_of)
-        with watched(student) as kept: logits = forward(student, batch)
-        apart = logit_mse(logits, said) if logits.shape[-1] == 1 else soft_target_loss(logits, said, self.temperature)
-        losses = self.losses(student, kept, theirs, batch) | dict(logits=apart, labels=label_loss(logits, batch["labels"]))
-        return Loss(sum(losses.values()), {name: value.detach() for name, value in losses.items()})
+        with watched(student) as kept:
+            logits = forward(student, batch)
+        apart = (
+            logit_mse(logits, said)
+            if logits.shape[-1] == 1
+            else soft_target_loss(logits, said, self.temperature)
+        )
+        losses = self.losses(student, kept, theirs, batch) | dict(
+            logits=apart, labels=label_loss(logits, batch["labels"])
+        )
+        return Loss(
+            sum(losses.values()),
+            {name: value.detach() for name, value in losses.items()},
+        )
 
 # %% ../nbs/kronecker_bert.ipynb #ff473320
 def pretraining_recipe(
-    teacher:nn.Module|None=None, # a BERT with a masked-LM head
-    epochs:int=3, # passes over text without labels
-    lr:float=1e-3, # peak rate
-    batch_size:int=64, # rows per update
-    mask_rate:float=0.15, # share of the tokens that are covered
-    bf16:bool=False, # the teacher runs in bfloat16
-)->Recipe: # for `fit`, with `kroneckerize(teacher, spec)` as the student and no validation data
+    teacher: nn.Module | None = None,  # a BERT with a masked-LM head
+    epochs: int = 3,  # passes over text without labels
+    lr: float = 1e-3,  # peak rate
+    batch_size: int = 64,  # rows per update
+    mask_rate: float = 0.15,  # share of the tokens that are covered
+    bf16: bool = False,  # the teacher runs in bfloat16
+) -> Recipe:  # for `fit`, with `kroneckerize(teacher, spec)` as the student and no validation data
     "Stage one."
-    return Recipe((Stage(PretrainingKD(teacher, mask_rate, bf16), epochs, lr, batch_size, name="pre-training"),))
+    return Recipe(
+        (
+            Stage(
+                PretrainingKD(teacher, mask_rate, bf16),
+                epochs,
+                lr,
+                batch_size,
+                name="pre-training",
+            ),
+        )
+    )
 
 # %% ../nbs/kronecker_bert.ipynb #48fba15b
 def recipe(
-    teacher:nn.Module|None=None, # a BERT fine-tuned on the task
-    epochs:int=10, # passes over the task's rows
-    lr:float=1e-4, # peak rate
-    batch_size:int=32, # rows per update
-    temperature:float=1.0, # of the logit loss
-    bf16:bool=False, # the teacher runs in bfloat16
-)->Recipe: # for `fit`
+    teacher: nn.Module | None = None,  # a BERT fine-tuned on the task
+    epochs: int = 10,  # passes over the task's rows
+    lr: float = 1e-4,  # peak rate
+    batch_size: int = 32,  # rows per update
+    temperature: float = 1.0,  # of the logit loss
+    bf16: bool = False,  # the teacher runs in bfloat16
+) -> Recipe:  # for `fit`
     "Stage two, for a student that comes from `kroneckerize(teacher, spec)` and, where there was a stage one, `with_encoder`."
-    return Recipe((Stage(TaskKD(teacher, temperature, bf16), epochs, lr, batch_size, name="Kronecker, task"),))
+    return Recipe(
+        (
+            Stage(
+                TaskKD(teacher, temperature, bf16),
+                epochs,
+                lr,
+                batch_size,
+                name="Kronecker, task",
+            ),
+        )
+    )
 
 # %% ../nbs/kronecker_bert.ipynb #bd5f352c
 def with_encoder(
-    student:nn.Module, # for the task, changed in place; its head, and its pooler where `pretrained` has none, stay
-    pretrained:nn.Module, # from stage one, of the same spec
-)->nn.Module: # the same student
+    student: nn.Module,  # for the task, changed in place; its head, and its pooler where `pretrained` has none, stay
+    pretrained: nn.Module,  # from stage one, of the same spec
+) -> nn.Module:  # the same student
     "Carry the encoder of stage one over. Raises `ValueError` where the two were not compressed alike."
     for model in (student, pretrained):
-        if not hasattr(model, "base_model"): raise ValueError(f"give the models themselves, of a run its .student; got {type(model).__name__}")
+        if not hasattr(model, "base_model"):
+            raise ValueError(
+                f"give the models themselves, of a run its .student; got {type(model).__name__}"
+            )
     ours, theirs = student.base_model.state_dict(), pretrained.base_model.state_dict()
     for name in sorted({*ours, *theirs}):
-        a, b = (tuple(side[name].shape) if name in side else "missing" for side in (ours, theirs))
-        if a != b and not (name.startswith("pooler") and "missing" in (a, b)): raise ValueError(f"{name} is {b} in the pre-trained encoder and {a} in the student: compress both by the same spec")
+        a, b = (
+            tuple(side[name].shape) if name in side else "missing"
+            for side in (ours, theirs)
+        )
+        if a != b and not (name.startswith("pooler") and "missing" in (a, b)):
+            raise ValueError(
+                f"{name} is {b} in the pre-trained encoder and {a} in the student: compress both by the same spec"
+            )
     heads = [model.config.num_attention_heads for model in (pretrained, student)]
-    if heads[0] != heads[1]: raise ValueError(f"the pre-trained encoder has {heads[0]} attention heads and the student {heads[1]}: compress models of one configuration")
-    student.base_model.load_state_dict({**ours, **{name: value for name, value in theirs.items() if name in ours}})
+    if heads[0] != heads[1]:
+        raise ValueError(
+            f"the pre-trained encoder has {heads[0]} attention heads and the student {heads[1]}: compress models of one configuration"
+        )
+    student.base_model.load_state_dict(
+        {**ours, **{name: value for name, value in theirs.items() if name in ours}}
+    )
     return student

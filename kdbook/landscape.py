@@ -11,296 +11,494 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from math import floor, isnan, log10
 from typing import Any, Callable, Iterator, Literal, Sequence
+
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from .distillation import Rows, encode, forward, length_sorted, _bar, _pad_id
-from .training import label_loss, mix_seed
+
+from .losses import label_loss
+from .rows import Rows, encode, forward, length_sorted, pad_id_of, progress_bar
+from .training import mix_seed
 
 # %% ../nbs/landscape.ipynb #399860d3
 def trained_weights(
-    model:nn.Module, # any PyTorch model
-)->dict[str,Tensor]: # name -> detached copy; a tensor used in two places appears once
+    model: nn.Module,  # any PyTorch model
+) -> dict[
+    str, Tensor
+]:  # name -> detached copy; a tensor used in two places appears once
     """Copies of the parameters with `requires_grad`; frozen ones, such as word embeddings, stay out.
 
     Raises `ValueError` if there are none."""
-    weights = {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
-    if not weights: raise ValueError(f"{type(model).__name__} has no parameter with requires_grad: unfreeze some")
+    weights = {
+        name: p.detach().clone()
+        for name, p in model.named_parameters()
+        if p.requires_grad
+    }
+    if not weights:
+        raise ValueError(
+            f"{type(model).__name__} has no parameter with requires_grad: unfreeze some"
+        )
     return weights
 
 # %% ../nbs/landscape.ipynb #c0367b28
 def direction_to(
-    a:dict[str,Tensor], # where it starts
-    b:dict[str,Tensor], # where it ends: same names and shapes
-)->dict[str,Tensor]: # b - a
+    a: dict[str, Tensor],  # where it starts
+    b: dict[str, Tensor],  # where it ends: same names and shapes
+) -> dict[str, Tensor]:  # b - a
     "The direction from one set of weights to another. Raises `ValueError` where names or shapes differ."
     if a.keys() != b.keys():
         odd = sorted(a.keys() ^ b.keys())[0]
-        raise ValueError(f"{odd!r} is in one of the two sets of weights only ({len(a)} and {len(b)} tensors): take both from one architecture, with the same tensors trained")
+        raise ValueError(
+            f"{odd!r} is in one of the two sets of weights only ({len(a)} and {len(b)} tensors): take both from one architecture, with the same tensors trained"
+        )
     for name in a:
-        if a[name].shape != b[name].shape: raise ValueError(f"{name!r} is {tuple(a[name].shape)} and {tuple(b[name].shape)}: take both from one architecture")
+        if a[name].shape != b[name].shape:
+            raise ValueError(
+                f"{name!r} is {tuple(a[name].shape)} and {tuple(b[name].shape)}: take both from one architecture"
+            )
     return {name: b[name] - a[name] for name in a}
 
-def _dot(a:dict[str,Tensor], b:dict[str,Tensor])->float:
+
+def _dot(a: dict[str, Tensor], b: dict[str, Tensor]) -> float:
     return sum((a[name].double() * b[name].double()).sum().item() for name in a)
 
 # %% ../nbs/landscape.ipynb #1ec959ff
 def moved(
-    origin:dict[str,Tensor], # weights to start from
-    directions:Sequence[dict[str,Tensor]], # with the names of `origin`
-    coordinates:Sequence[float], # one per direction
-)->dict[str,Tensor]: # origin + sum of coordinate * direction
+    origin: dict[str, Tensor],  # weights to start from
+    directions: Sequence[dict[str, Tensor]],  # with the names of `origin`
+    coordinates: Sequence[float],  # one per direction
+) -> dict[str, Tensor]:  # origin + sum of coordinate * direction
     "The weights at `coordinates`. Raises `ValueError` unless there is one coordinate per direction."
-    if len(directions) != len(coordinates): raise ValueError(f"{len(directions)} directions but {len(coordinates)} coordinates: give one each")
-    return {name: w + sum(float(c) * d[name] for c, d in zip(coordinates, directions)) for name, w in origin.items()}
+    if len(directions) != len(coordinates):
+        raise ValueError(
+            f"{len(directions)} directions but {len(coordinates)} coordinates: give one each"
+        )
+    return {
+        name: w + sum(float(c) * d[name] for c, d in zip(coordinates, directions))
+        for name, w in origin.items()
+    }
 
 # %% ../nbs/landscape.ipynb #b3030cfc
 def random_direction(
-    weights:dict[str,Tensor], # as `trained_weights` gives them
-    seed:int=0, # of a generator of its own
-    norm:Literal["filter","layer","none"]="filter", # rows, or whole tensors, get the norm they have in `weights`; "none": raw
-)->dict[str,Tensor]: # same names and shapes
+    weights: dict[str, Tensor],  # as `trained_weights` gives them
+    seed: int = 0,  # of a generator of its own
+    norm: Literal[
+        "filter", "layer", "none"
+    ] = "filter",  # rows, or whole tensors, get the norm they have in `weights`; "none": raw
+) -> dict[str, Tensor]:  # same names and shapes
     """A Gaussian direction, scaled to the weights row by row (Li et al. 2018, sec. 4); tensors of one dimension get zeros.
 
     Raises `ValueError` for another `norm`. With "none" nothing is scaled and nothing is zero."""
-    if norm not in ("filter", "layer", "none"): raise ValueError(f'norm must be "filter", "layer" or "none", got {norm!r}')
+    if norm not in ("filter", "layer", "none"):
+        raise ValueError(f'norm must be "filter", "layer" or "none", got {norm!r}')
     g = torch.Generator().manual_seed(seed)
     raw = {name: torch.randn(w.shape, generator=g).to(w) for name, w in weights.items()}
-    return raw if norm == "none" else {name: _scaled(raw[name], w, norm) for name, w in weights.items()}
+    return (
+        raw
+        if norm == "none"
+        else {name: _scaled(raw[name], w, norm) for name, w in weights.items()}
+    )
 
-def _scaled(direction:Tensor, weight:Tensor, norm:str)->Tensor:
-    if weight.ndim < 2: return torch.zeros_like(weight)
+
+def _scaled(direction: Tensor, weight: Tensor, norm: str) -> Tensor:
+    if weight.ndim < 2:
+        return torch.zeros_like(weight)
     rows = len(weight) if norm == "filter" else 1
     d, w = direction.reshape(rows, -1), weight.reshape(rows, -1)
-    return (d * (w.norm(dim=1, keepdim=True) / d.norm(dim=1, keepdim=True))).reshape(weight.shape)
+    return (d * (w.norm(dim=1, keepdim=True) / d.norm(dim=1, keepdim=True))).reshape(
+        weight.shape
+    )
 
 # %% ../nbs/landscape.ipynb #cf663649
 @contextmanager
-def _evaluating(model:nn.Module)->Iterator[None]:
+def _evaluating(model: nn.Module) -> Iterator[None]:
     "Evaluation mode inside the block; afterwards every part is in the mode it was in."
     modes = [(part, part.training) for part in model.modules()]
     model.eval()
-    try: yield
+    try:
+        yield
     finally:
-        for part, mode in modes: part.training = mode
+        for part, mode in modes:
+            part.training = mode
 
-def _forward_at(model:nn.Module, weights:dict[str,Tensor], batch:dict[str,Tensor])->Tensor: # (batch, num_labels)
+
+def _forward_at(
+    model: nn.Module, weights: dict[str, Tensor], batch: dict[str, Tensor]
+) -> Tensor:  # (batch, num_labels)
     return forward(lambda **inputs: functional_call(model, weights, (), inputs), batch)
 
-def _batches(model:nn.Module, rows:Rows, indices:list[list[int]])->list[dict[str,Tensor]]:
+
+def _batches(
+    model: nn.Module, rows: Rows, indices: list[list[int]]
+) -> list[dict[str, Tensor]]:
     device = next(model.parameters()).device
-    return [{name: value.to(device) for name, value in rows.batch(index).items()} for index in indices]
+    return [
+        {name: value.to(device) for name, value in rows.batch(index).items()}
+        for index in indices
+    ]
 
 # %% ../nbs/landscape.ipynb #0fb37bc7
-def _sweep(model:nn.Module, dataset:"datasets.Dataset", directions:Sequence[dict[str,Tensor]], points:list[tuple[float,...]],
-           origin:dict[str,Tensor]|None, batch_size:int, tokenizer:Any, max_length:int, progress:bool)->Tensor: # (points, rows, num_labels)
+def _sweep(
+    model: nn.Module,
+    dataset: "datasets.Dataset",
+    directions: Sequence[dict[str, Tensor]],
+    points: list[tuple[float, ...]],
+    origin: dict[str, Tensor] | None,
+    batch_size: int,
+    tokenizer: Any,
+    max_length: int,
+    progress: bool,
+) -> Tensor:  # (points, rows, num_labels)
     own = trained_weights(model)
     origin = own if origin is None else origin
-    origin, *directions = [{name: v.to(own[name].device) if name in own else v for name, v in each.items()} for each in (origin, *directions)]
-    for each in (origin, *directions): direction_to(own, each)  # names and shapes must agree
-    if not points: raise ValueError("the grid has no points: give at least one coordinate per direction")
-    rows = Rows(encode(dataset, model, tokenizer, max_length), pad_id=_pad_id(model, tokenizer))
+    origin, *directions = [
+        {name: v.to(own[name].device) if name in own else v for name, v in each.items()}
+        for each in (origin, *directions)
+    ]
+    for each in (origin, *directions):
+        direction_to(own, each)  # names and shapes must agree
+    if not points:
+        raise ValueError(
+            "the grid has no points: give at least one coordinate per direction"
+        )
+    rows = Rows(
+        encode(dataset, model, tokenizer, max_length),
+        pad_id=pad_id_of(model, tokenizer),
+    )
     indices = length_sorted(rows.lengths, batch_size)
     batches, out = _batches(model, rows, indices), None
     with _evaluating(model), torch.no_grad():
-        for n, point in enumerate(_bar(points, progress, "landscape")):
+        for n, point in enumerate(progress_bar(points, progress, "landscape")):
             weights = moved(origin, directions, point)
             for index, batch in zip(indices, batches):
                 logits = _forward_at(model, weights, batch).float().cpu()
-                if out is None: out = torch.empty(len(points), len(rows), *logits.shape[1:])
+                if out is None:
+                    out = torch.empty(len(points), len(rows), *logits.shape[1:])
                 out[n, index] = logits
     return out
 
 # %% ../nbs/landscape.ipynb #d7040659
 def logit_line(
-    model:nn.Module, # left as it is
-    dataset:"datasets.Dataset", # rows with text, tokens or pixels
-    direction:dict[str,Tensor], # with the names of `trained_weights(model)`
-    xs:Sequence[float], # how far along the direction
-    origin:dict[str,Tensor]|None=None, # weights at 0; default: the model's
-    batch_size:int=64, # rows per forward pass
-    tokenizer:Any=None, # default: the model's own
-    max_length:int=64, # tokens kept per row
-    progress:bool=True, # show a bar when there is more than a few seconds of work
-)->Tensor: # (xs, rows, num_labels), on the CPU
+    model: nn.Module,  # left as it is
+    dataset: "datasets.Dataset",  # rows with text, tokens or pixels
+    direction: dict[str, Tensor],  # with the names of `trained_weights(model)`
+    xs: Sequence[float],  # how far along the direction
+    origin: dict[str, Tensor] | None = None,  # weights at 0; default: the model's
+    batch_size: int = 64,  # rows per forward pass
+    tokenizer: Any = None,  # default: the model's own
+    max_length: int = 64,  # tokens kept per row
+    progress: bool = True,  # show a bar when there is more than a few seconds of work
+) -> Tensor:  # (xs, rows, num_labels), on the CPU
     "The model's logits along a line in weight space (Goodfellow et al. 2015), in evaluation mode."
-    return _sweep(model, dataset, [direction], [(x,) for x in xs], origin, batch_size, tokenizer, max_length, progress)
+    return _sweep(
+        model,
+        dataset,
+        [direction],
+        [(x,) for x in xs],
+        origin,
+        batch_size,
+        tokenizer,
+        max_length,
+        progress,
+    )
 
 # %% ../nbs/landscape.ipynb #abcb28ce
 def surface_of(
-    logits:Tensor, # (xs, rows, num_labels) or (ys, xs, rows, num_labels)
-    loss:Callable[[Tensor],Tensor|float], # (rows, num_labels) -> a number
-)->Tensor: # (xs,) or (ys, xs)
+    logits: Tensor,  # (xs, rows, num_labels) or (ys, xs, rows, num_labels)
+    loss: Callable[[Tensor], Tensor | float],  # (rows, num_labels) -> a number
+) -> Tensor:  # (xs,) or (ys, xs)
     "`loss` at every point. Raises `ValueError` for logits of another shape."
-    if logits.ndim not in (3, 4): raise ValueError(f"logits must be (xs, rows, num_labels) or (ys, xs, rows, num_labels), got {tuple(logits.shape)}")
+    if logits.ndim not in (3, 4):
+        raise ValueError(
+            f"logits must be (xs, rows, num_labels) or (ys, xs, rows, num_labels), got {tuple(logits.shape)}"
+        )
     flat = logits.flatten(0, -3)
     return torch.tensor([float(loss(each)) for each in flat]).reshape(logits.shape[:-2])
 
 # %% ../nbs/landscape.ipynb #a8233945
 def logit_surface(
-    model:nn.Module, # left as it is
-    dataset:"datasets.Dataset", # rows with text, tokens or pixels
-    directions:Sequence[dict[str,Tensor]], # two, with the names of `trained_weights(model)`
-    xs:Sequence[float], # coordinates along the first
-    ys:Sequence[float], # coordinates along the second
-    origin:dict[str,Tensor]|None=None, # weights at (0, 0); default: the model's
-    batch_size:int=64, # rows per forward pass
-    tokenizer:Any=None, # default: the model's own
-    max_length:int=64, # tokens kept per row
-    progress:bool=True, # show a bar when there is more than a few seconds of work
-)->Tensor: # (ys, xs, rows, num_labels), on the CPU
+    model: nn.Module,  # left as it is
+    dataset: "datasets.Dataset",  # rows with text, tokens or pixels
+    directions: Sequence[
+        dict[str, Tensor]
+    ],  # two, with the names of `trained_weights(model)`
+    xs: Sequence[float],  # coordinates along the first
+    ys: Sequence[float],  # coordinates along the second
+    origin: dict[str, Tensor] | None = None,  # weights at (0, 0); default: the model's
+    batch_size: int = 64,  # rows per forward pass
+    tokenizer: Any = None,  # default: the model's own
+    max_length: int = 64,  # tokens kept per row
+    progress: bool = True,  # show a bar when there is more than a few seconds of work
+) -> Tensor:  # (ys, xs, rows, num_labels), on the CPU
     "The model's logits on a grid in a plane of weight space (Li et al. 2018), in evaluation mode."
-    if len(directions) != 2: raise ValueError(f"a surface needs 2 directions, got {len(directions)}: for 1 use logit_line")
+    if len(directions) != 2:
+        raise ValueError(
+            f"a surface needs 2 directions, got {len(directions)}: for 1 use logit_line"
+        )
     points = [(x, y) for y in ys for x in xs]
-    return _sweep(model, dataset, directions, points, origin, batch_size, tokenizer, max_length, progress).unflatten(0, (len(ys), len(xs)))
+    return _sweep(
+        model,
+        dataset,
+        directions,
+        points,
+        origin,
+        batch_size,
+        tokenizer,
+        max_length,
+        progress,
+    ).unflatten(0, (len(ys), len(xs)))
 
 # %% ../nbs/landscape.ipynb #22704358
 def project(
-    weights:dict[str,Tensor], # any weights
-    origin:dict[str,Tensor], # where all coordinates are 0
-    directions:Sequence[dict[str,Tensor]], # need not be orthogonal
-)->Tensor: # (len(directions),), float64
+    weights: dict[str, Tensor],  # any weights
+    origin: dict[str, Tensor],  # where all coordinates are 0
+    directions: Sequence[dict[str, Tensor]],  # need not be orthogonal
+) -> Tensor:  # (len(directions),), float64
     "The coordinates of the point nearest to `weights` among those that `moved` can reach."
     step = direction_to(origin, weights)
-    gram = torch.tensor([[_dot(a, b) for b in directions] for a in directions], dtype=torch.float64)
-    return torch.linalg.pinv(gram, hermitian=True) @ torch.tensor([_dot(d, step) for d in directions], dtype=torch.float64)
+    gram = torch.tensor(
+        [[_dot(a, b) for b in directions] for a in directions], dtype=torch.float64
+    )
+    return torch.linalg.pinv(gram, hermitian=True) @ torch.tensor(
+        [_dot(d, step) for d in directions], dtype=torch.float64
+    )
 
 # %% ../nbs/landscape.ipynb #8a6ebee9
 def plane(
-    origin:dict[str,Tensor], # goes to (0, 0)
-    first:dict[str,Tensor], # goes to (x, 0), x > 0
-    second:dict[str,Tensor], # goes to (x, y), y > 0
-)->tuple[list[dict[str,Tensor]],Tensor]: # two orthonormal directions; (3, 2), where the three are
+    origin: dict[str, Tensor],  # goes to (0, 0)
+    first: dict[str, Tensor],  # goes to (x, 0), x > 0
+    second: dict[str, Tensor],  # goes to (x, y), y > 0
+) -> tuple[
+    list[dict[str, Tensor]], Tensor
+]:  # two orthonormal directions; (3, 2), where the three are
     "The plane through three sets of weights (as in Garipov et al. 2018, Figure 1). Raises `ValueError` if they lie on a line."
     u, v = direction_to(origin, first), direction_to(origin, second)
-    across, up = _dot(u, u)**.5, _dot(v, v)**.5
+    across, up = _dot(u, u) ** 0.5, _dot(v, v) ** 0.5
     e = moved(u, [u], [1 / across - 1]) if across else u
     along = _dot(v, e)
     rest = moved(v, [e], [-along])
-    rest = moved(rest, [e], [-_dot(rest, e)])  # once more: rounding left a little of `e`
-    height = _dot(rest, rest)**.5
+    rest = moved(
+        rest, [e], [-_dot(rest, e)]
+    )  # once more: rounding left a little of `e`
+    height = _dot(rest, rest) ** 0.5
     if min(across, height) <= 1e-5 * max(across, up):
-        raise ValueError(f"the three lie on a line: the second direction leaves it by {height:.1e} of {up:.1e}; use logit_line along direction_to(origin, first)")
-    return [e, moved(rest, [rest], [1 / height - 1])], torch.tensor([[0, 0], [across, 0], [along, height]], dtype=torch.float64)
+        raise ValueError(
+            f"the three lie on a line: the second direction leaves it by {height:.1e} of {up:.1e}; use logit_line along direction_to(origin, first)"
+        )
+    return [e, moved(rest, [rest], [1 / height - 1])], torch.tensor(
+        [[0, 0], [across, 0], [along, height]], dtype=torch.float64
+    )
 
 # %% ../nbs/landscape.ipynb #126e83fd
 @dataclass(frozen=True)
 class Estimate:
     "A mean and its standard error."
-    mean:float # over chunks of rows, or over probes
-    error:float # standard error of the mean; NaN where there was only one
 
-    def __str__(self)->str:
-        if isnan(self.error) or self.error == 0: return f"{self.mean:.3g}" + ("" if isnan(self.error) else " ± 0")
+    mean: float  # over chunks of rows, or over probes
+    error: float  # standard error of the mean; NaN where there was only one
+
+    def __str__(self) -> str:
+        if isnan(self.error) or self.error == 0:
+            return f"{self.mean:.3g}" + ("" if isnan(self.error) else " ± 0")
         digits = -floor(log10(self.error))
-        return " ± ".join(f"{round(v, digits):.{max(0, digits)}f}" for v in (self.mean, self.error))
+        return " ± ".join(
+            f"{round(v, digits):.{max(0, digits)}f}" for v in (self.mean, self.error)
+        )
 
-def _estimate(values:list[float])->Estimate:
+
+def _estimate(values: list[float]) -> Estimate:
     v = torch.tensor(values, dtype=torch.float64)
-    return Estimate(v.mean().item(), (v.std() / len(v)**.5).item() if len(v) > 1 else float("nan"))
+    return Estimate(
+        v.mean().item(),
+        (v.std() / len(v) ** 0.5).item() if len(v) > 1 else float("nan"),
+    )
 
 # %% ../nbs/landscape.ipynb #4ac04f4f
-def _on_labels(logits:Tensor, batch:dict[str,Tensor])->Tensor: return label_loss(logits, batch["labels"])
+def _on_labels(logits: Tensor, batch: dict[str, Tensor]) -> Tensor:
+    return label_loss(logits, batch["labels"])
 
-def _loss_rows(model:nn.Module, dataset:"datasets.Dataset", loss:Callable, tokenizer:Any, max_length:int)->Rows:
+
+def _loss_rows(
+    model: nn.Module,
+    dataset: "datasets.Dataset",
+    loss: Callable,
+    tokenizer: Any,
+    max_length: int,
+) -> Rows:
     "The rows with their labels and teacher's logits; for the label loss, only rows that have a label."
     if loss is _on_labels:
-        if "label" not in dataset.column_names: raise ValueError(f"no column 'label' among {dataset.column_names}: give labelled rows, or a loss of your own")
+        if "label" not in dataset.column_names:
+            raise ValueError(
+                f"no column 'label' among {dataset.column_names}: give labelled rows, or a loss of your own"
+            )
         kept = [i for i, label in enumerate(dataset["label"]) if label != -100]
-        if not kept: raise ValueError(f"all {len(dataset)} labels are -100: give labelled rows, or a loss of your own")
-        if len(kept) < len(dataset): dataset = dataset.select(kept)
-    return Rows(encode(dataset, model, tokenizer, max_length), ("label", "teacher_logits"), _pad_id(model, tokenizer))
+        if not kept:
+            raise ValueError(
+                f"all {len(dataset)} labels are -100: give labelled rows, or a loss of your own"
+            )
+        if len(kept) < len(dataset):
+            dataset = dataset.select(kept)
+    return Rows(
+        encode(dataset, model, tokenizer, max_length),
+        ("label", "teacher_logits"),
+        pad_id_of(model, tokenizer),
+    )
 
 # %% ../nbs/landscape.ipynb #eadb3c2c
-def _gradient(model:nn.Module, weights:dict[str,Tensor], batch:dict[str,Tensor], loss:Callable, twice:bool=False)->tuple:
+def _gradient(
+    model: nn.Module,
+    weights: dict[str, Tensor],
+    batch: dict[str, Tensor],
+    loss: Callable,
+    twice: bool = False,
+) -> tuple:
     "The loss, the weights that it can be differentiated by, and its gradient."
     at = {name: w.detach().requires_grad_() for name, w in weights.items()}
     value = loss(_forward_at(model, at, batch), batch)
-    return value, at, torch.autograd.grad(value, list(at.values()), create_graph=twice, materialize_grads=True)
+    return (
+        value,
+        at,
+        torch.autograd.grad(
+            value, list(at.values()), create_graph=twice, materialize_grads=True
+        ),
+    )
 
 # %% ../nbs/landscape.ipynb #38de25c2
 def sharpness(
-    model:nn.Module, # left as it is
-    dataset:"datasets.Dataset", # rows with text, tokens or pixels; with labels unless `loss` needs none
-    rho:float=0.05, # > 0, length of the way up, in the units of the weights
-    steps:int=1, # >= 1; the way is cut into steps, each along a new gradient
-    batch_size:int=64, # >= 1, rows per chunk at least; smaller chunks are sharper, so it changes the result
-    loss:Callable[[Tensor,dict],Tensor]=_on_labels, # (logits, batch) -> scalar; the batch holds labels and teacher_logits
-    seed:int=0, # decides which rows form a chunk
-    tokenizer:Any=None, # default: the model's own
-    max_length:int=64, # tokens kept per row
-    progress:bool=True, # show a bar when there is more than a few seconds of work
-)->Estimate: # in the unit of the loss, over chunks
+    model: nn.Module,  # left as it is
+    dataset: "datasets.Dataset",  # rows with text, tokens or pixels; with labels unless `loss` needs none
+    rho: float = 0.05,  # > 0, length of the way up, in the units of the weights
+    steps: int = 1,  # >= 1; the way is cut into steps, each along a new gradient
+    batch_size: int = 64,  # >= 1, rows per chunk at least; smaller chunks are sharper, so it changes the result
+    loss: Callable[
+        [Tensor, dict], Tensor
+    ] = _on_labels,  # (logits, batch) -> scalar; the batch holds labels and teacher_logits
+    seed: int = 0,  # decides which rows form a chunk
+    tokenizer: Any = None,  # default: the model's own
+    max_length: int = 64,  # tokens kept per row
+    progress: bool = True,  # show a bar when there is more than a few seconds of work
+) -> Estimate:  # in the unit of the loss, over chunks
     """How far the loss rises within `rho` along its gradient (Foret et al. 2021, eq. 2, with `steps=1`).
 
     Raises `ValueError` for `rho` or `steps` out of range, and for rows without labels."""
-    if rho <= 0 or min(steps, batch_size) < 1: raise ValueError(f"need rho > 0, steps >= 1 and batch_size >= 1, got rho={rho}, steps={steps}, batch_size={batch_size}")
+    if rho <= 0 or min(steps, batch_size) < 1:
+        raise ValueError(
+            f"need rho > 0, steps >= 1 and batch_size >= 1, got rho={rho}, steps={steps}, batch_size={batch_size}"
+        )
     rows = _loss_rows(model, dataset, loss, tokenizer, max_length)
     order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed))
     chunks = [c.tolist() for c in order.tensor_split(max(1, len(rows) // batch_size))]
     start, rises = trained_weights(model), []
-    with _evaluating(model), torch.enable_grad(), torch.backends.cudnn.flags(enabled=False):
-        for index in _bar(chunks, progress, "sharpness"):
+    with (
+        _evaluating(model),
+        torch.enable_grad(),
+        torch.backends.cudnn.flags(enabled=False),
+    ):
+        for index in progress_bar(chunks, progress, "sharpness"):
             batch, weights, first = _batches(model, rows, [index])[0], start, None
             for _ in range(steps):
                 value, _, gradient = _gradient(model, weights, batch, loss)
-                first, length = value.item() if first is None else first, sum(g.double().pow(2).sum().item() for g in gradient)**.5
-                if length: weights = moved(weights, [dict(zip(weights, gradient))], [rho / steps / length])
-            with torch.no_grad(): rises.append(loss(_forward_at(model, weights, batch), batch).item() - first)
+                first, length = (
+                    value.item() if first is None else first,
+                    sum(g.double().pow(2).sum().item() for g in gradient) ** 0.5,
+                )
+                if length:
+                    weights = moved(
+                        weights, [dict(zip(weights, gradient))], [rho / steps / length]
+                    )
+            with torch.no_grad():
+                rises.append(
+                    loss(_forward_at(model, weights, batch), batch).item() - first
+                )
     return _estimate(rises)
 
 # %% ../nbs/landscape.ipynb #77ef92ed
-def _curvature(gradient:Sequence[Tensor], at:dict[str,Tensor], seed:int)->float:
+def _curvature(gradient: Sequence[Tensor], at: dict[str, Tensor], seed: int) -> float:
     "v'Hv for random signs v."
     g = torch.Generator().manual_seed(seed)
-    signs = [torch.randint(0, 2, w.shape, generator=g).to(w) * 2 - 1 for w in at.values()]
+    signs = [
+        torch.randint(0, 2, w.shape, generator=g).to(w) * 2 - 1 for w in at.values()
+    ]
     curved = [(grad, v) for grad, v in zip(gradient, signs) if grad.requires_grad]
-    if not curved: return 0.
+    if not curved:
+        return 0.0
     outputs, probes = zip(*curved)
-    product = torch.autograd.grad(outputs, list(at.values()), probes, retain_graph=True, materialize_grads=True)
+    product = torch.autograd.grad(
+        outputs, list(at.values()), probes, retain_graph=True, materialize_grads=True
+    )
     return sum((v * p).sum().item() for v, p in zip(signs, product))
 
 # %% ../nbs/landscape.ipynb #a91f4397
 def hessian_trace(
-    model:nn.Module, # left as it is
-    dataset:"datasets.Dataset", # rows with text, tokens or pixels; with labels unless `loss` needs none
-    samples:int=10, # probes, >= 1; each costs about as much as two gradients
-    seed:int=0, # of the probes
-    batch_size:int=64, # rows per pass; changes memory and time, not the result
-    loss:Callable[[Tensor,dict],Tensor]=_on_labels, # (logits, batch) -> scalar mean over rows; the batch holds labels and teacher_logits
-    tokenizer:Any=None, # default: the model's own
-    max_length:int=64, # tokens kept per row
-    progress:bool=True, # show a bar when there is more than a few seconds of work
-)->Estimate: # over probes
+    model: nn.Module,  # left as it is
+    dataset: "datasets.Dataset",  # rows with text, tokens or pixels; with labels unless `loss` needs none
+    samples: int = 10,  # probes, >= 1; each costs about as much as two gradients
+    seed: int = 0,  # of the probes
+    batch_size: int = 64,  # rows per pass; changes memory and time, not the result
+    loss: Callable[
+        [Tensor, dict], Tensor
+    ] = _on_labels,  # (logits, batch) -> scalar mean over rows; the batch holds labels and teacher_logits
+    tokenizer: Any = None,  # default: the model's own
+    max_length: int = 64,  # tokens kept per row
+    progress: bool = True,  # show a bar when there is more than a few seconds of work
+) -> Estimate:  # over probes
     """The sum of all second derivatives d2L/dw2, estimated by random signs (Hutchinson 1989).
 
     Raises `ValueError` for fewer than 1 sample, and for rows without labels."""
-    if samples < 1: raise ValueError(f"samples must be >= 1, got {samples}")
-    rows, weights = _loss_rows(model, dataset, loss, tokenizer, max_length), trained_weights(model)
-    indices, found = length_sorted(rows.lengths, batch_size), [0.] * samples
-    with _evaluating(model), torch.enable_grad(), torch.backends.cudnn.flags(enabled=False), sdpa_kernel(SDPBackend.MATH):
-        for index in _bar(indices, progress, "curvature"):
-            _, at, gradient = _gradient(model, weights, _batches(model, rows, [index])[0], loss, twice=True)
+    if samples < 1:
+        raise ValueError(f"samples must be >= 1, got {samples}")
+    rows, weights = (
+        _loss_rows(model, dataset, loss, tokenizer, max_length),
+        trained_weights(model),
+    )
+    indices, found = length_sorted(rows.lengths, batch_size), [0.0] * samples
+    with (
+        _evaluating(model),
+        torch.enable_grad(),
+        torch.backends.cudnn.flags(enabled=False),
+        sdpa_kernel(SDPBackend.MATH),
+    ):
+        for index in progress_bar(indices, progress, "curvature"):
+            _, at, gradient = _gradient(
+                model, weights, _batches(model, rows, [index])[0], loss, twice=True
+            )
             for k in range(samples):
-                found[k] += len(index) / len(rows) * _curvature(gradient, at, mix_seed(seed, k))
+                found[k] += (
+                    len(index) / len(rows) * _curvature(gradient, at, mix_seed(seed, k))
+                )
     return _estimate(found)
 
 # %% ../nbs/landscape.ipynb #862edcbb
 def pca_plane(
-    trail:Sequence[dict[str,Tensor]], # weights in the order of training, 3 or more; the last are the origin
-)->tuple[list[dict[str,Tensor]],Tensor,Tensor]: # two orthonormal directions; (len(trail), 2); (2,) shares of the variance
+    trail: Sequence[
+        dict[str, Tensor]
+    ],  # weights in the order of training, 3 or more; the last are the origin
+) -> tuple[
+    list[dict[str, Tensor]], Tensor, Tensor
+]:  # two orthonormal directions; (len(trail), 2); (2,) shares of the variance
     """The plane through the last weights that holds most of the path to them (Li et al. 2018, sec. 7).
 
     The first weights have no positive coordinate. A direction whose share is 0 is all zeros. Raises `ValueError` for fewer than 3."""
-    if len(trail) < 3: raise ValueError(f"a plane needs 3 sets of weights or more, got {len(trail)}")
+    if len(trail) < 3:
+        raise ValueError(f"a plane needs 3 sets of weights or more, got {len(trail)}")
     steps = [direction_to(trail[-1], w) for w in trail]
-    gram = torch.tensor([[_dot(a, b) for b in steps] for a in steps], dtype=torch.float64)
+    gram = torch.tensor(
+        [[_dot(a, b) for b in steps] for a in steps], dtype=torch.float64
+    )
     centring = torch.eye(len(trail), dtype=torch.float64) - 1 / len(trail)
-    values, vectors = torch.linalg.eigh(centring @ gram @ centring)  # as large as the trail is long, not as the model
+    values, vectors = torch.linalg.eigh(
+        centring @ gram @ centring
+    )  # as large as the trail is long, not as the model
     values, mix = values.flip(0)[:2].clamp(min=0), (centring @ vectors).flip(1)[:, :2]
     share = values / (centring @ gram).trace().clamp(min=1e-300)
-    scale = torch.where(share > 1e-9, values.clamp(min=1e-300).rsqrt(), 0.)
-    mix = mix * scale * torch.where((gram @ mix)[0] > 0, -1., 1.)
-    directions = [{name: sum(float(c) * s[name] for c, s in zip(column, steps)) for name in trail[-1]} for column in mix.T]
+    scale = torch.where(share > 1e-9, values.clamp(min=1e-300).rsqrt(), 0.0)
+    mix = mix * scale * torch.where((gram @ mix)[0] > 0, -1.0, 1.0)
+    directions = [
+        {
+            name: sum(float(c) * s[name] for c, s in zip(column, steps))
+            for name in trail[-1]
+        }
+        for column in mix.T
+    ]
     return directions, gram @ mix, share * (scale > 0)

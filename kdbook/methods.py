@@ -12,15 +12,27 @@ import os
 from dataclasses import dataclass, replace
 from functools import lru_cache, partial
 from typing import Any, Callable
+
 import numpy as np
 import torch
 from torch import nn
-from . import annealing_kd, combined_kd, continuation_kd, glitter, noisy_label_kd, progressive_kd, reweighted_kd, swa, universal_kd
-from .distillation import predict_logits, with_column
+
+from kdbook import (
+    annealing_kd,
+    combined_kd,
+    continuation_kd,
+    glitter,
+    noisy_label_kd,
+    progressive_kd,
+    reweighted_kd,
+    swa,
+    universal_kd,
+)
 from .glitter import annotate_pool, make_pool
 from .noisy_label_kd import SelectiveKD, SmallLossKD, SoftRelabelling
 from .progressive_kd import ProgressiveKD, Trail
 from .reweighted_kd import WeightedKD
+from .rows import predict_logits, with_column
 from .training import CrossEntropy, Hinton, LogitMSE, Recipe, Stage
 from .universal_kd import HiddenKD, PseudoClassifiers
 
@@ -28,334 +40,864 @@ from .universal_kd import HiddenKD, PseudoClassifiers
 @dataclass(frozen=True)
 class Setting:
     "A task, a student and a budget that every method of a ladder gets."
-    title:str # for people
-    task:str # name for `load_task`
-    rows:int # training rows, which the teacher writes on
-    labelled:int # how many of them have labels
-    epochs:tuple[int,int] # passes over `rows`: of a two-stage method's first and second stage; others get the sum
-    batch_size:int # rows per update
-    lrs:tuple[float,...] # peak rates, the same search for every method
-    tau_max:int = 7 # largest temperature of the methods that anneal
-    student:tuple[int|str,...] = (2, 128) # layers and width; ("lstm", state size), ("cnn", filters), ("gpt", layers, width); for digits, hidden units
-    noise = None # a setting whose labels are all right; see `NoisySetting`
+
+    title: str  # for people
+    task: str  # name for `load_task`
+    rows: int  # training rows, which the teacher writes on
+    labelled: int  # how many of them have labels
+    epochs: tuple[
+        int, int
+    ]  # passes over `rows`: of a two-stage method's first and second stage; others get the sum
+    batch_size: int  # rows per update
+    lrs: tuple[float, ...]  # peak rates, the same search for every method
+    tau_max: int = 7  # largest temperature of the methods that anneal
+    student: tuple[int | str, ...] = (
+        2,
+        128,
+    )  # layers and width; ("lstm", state size), ("cnn", filters), ("gpt", layers, width); for digits, hidden units
+    noise = None  # a setting whose labels are all right; see `NoisySetting`
 
     def __post_init__(self):
         # Anything else would give some method a few updates more than another.
-        if self.rows % self.labelled or self.rows % self.batch_size or self.labelled % self.batch_size:
-            raise ValueError(f"rows={self.rows} must be a multiple of labelled={self.labelled}, and both of batch_size={self.batch_size}")
+        if (
+            self.rows % self.labelled
+            or self.rows % self.batch_size
+            or self.labelled % self.batch_size
+        ):
+            raise ValueError(
+                f"rows={self.rows} must be a multiple of labelled={self.labelled}, and both of batch_size={self.batch_size}"
+            )
 
     @property
-    def updates(self)->int:
+    def updates(self) -> int:
         "Updates that every method gets."
         return sum(self.epochs) * self.rows // self.batch_size
 
-    def on_labels(self, epochs:int)->int:
+    def on_labels(self, epochs: int) -> int:
         "Passes over the labelled rows that cost as many updates as `epochs` over all rows."
         return epochs * self.rows // self.labelled
 
 # %% ../nbs/methods.ipynb #d982b185
 SETTINGS = {
-    "same-rows": Setting("movies, same rows", "movies", 2000, 2000, (7, 2), 40, (3e-4, 1e-3)),
-    "few-labels": Setting("movies, few labels, much text", "movies", 8000, 2000, (3, 1), 40, (3e-4, 1e-3), tau_max=3),
-    "digits": Setting("digits", "digits", 300, 300, (70, 20), 30, (3e-3, 1e-2, 3e-2), student=(16,)),
-    "same-rows-1x32": Setting("movies, same rows, very small student", "movies", 2000, 2000, (7, 2), 40, (1e-3, 2e-3), student=(1, 32)),
-    "few-labels-1x32": Setting("movies, few labels, very small student", "movies", 8000, 2000, (3, 1), 40, (1e-3, 2e-3), tau_max=3, student=(1, 32)),
-    "digits-8": Setting("digits, very small student", "digits", 300, 300, (70, 20), 30, (3e-3, 1e-2, 3e-2), student=(8,)),
-    "same-rows-lstm": Setting("movies, same rows, BiLSTM student", "movies", 2000, 2000, (7, 2), 40, (1e-3, 3e-3), student=("lstm", 64)),
-    "same-rows-cnn": Setting("movies, same rows, CNN student", "movies", 2000, 2000, (7, 2), 40, (1e-3, 3e-3), student=("cnn", 100)),
+    "same-rows": Setting(
+        "movies, same rows", "movies", 2000, 2000, (7, 2), 40, (3e-4, 1e-3)
+    ),
+    "few-labels": Setting(
+        "movies, few labels, much text",
+        "movies",
+        8000,
+        2000,
+        (3, 1),
+        40,
+        (3e-4, 1e-3),
+        tau_max=3,
+    ),
+    "digits": Setting(
+        "digits", "digits", 300, 300, (70, 20), 30, (3e-3, 1e-2, 3e-2), student=(16,)
+    ),
+    "same-rows-1x32": Setting(
+        "movies, same rows, very small student",
+        "movies",
+        2000,
+        2000,
+        (7, 2),
+        40,
+        (1e-3, 2e-3),
+        student=(1, 32),
+    ),
+    "few-labels-1x32": Setting(
+        "movies, few labels, very small student",
+        "movies",
+        8000,
+        2000,
+        (3, 1),
+        40,
+        (1e-3, 2e-3),
+        tau_max=3,
+        student=(1, 32),
+    ),
+    "digits-8": Setting(
+        "digits, very small student",
+        "digits",
+        300,
+        300,
+        (70, 20),
+        30,
+        (3e-3, 1e-2, 3e-2),
+        student=(8,),
+    ),
+    "same-rows-lstm": Setting(
+        "movies, same rows, BiLSTM student",
+        "movies",
+        2000,
+        2000,
+        (7, 2),
+        40,
+        (1e-3, 3e-3),
+        student=("lstm", 64),
+    ),
+    "same-rows-cnn": Setting(
+        "movies, same rows, CNN student",
+        "movies",
+        2000,
+        2000,
+        (7, 2),
+        40,
+        (1e-3, 3e-3),
+        student=("cnn", 100),
+    ),
 }
-SMALL = ("same-rows", "few-labels", "digits")  # the book's main student; the others have a smaller one, or one of another kind
+SMALL = (
+    "same-rows",
+    "few-labels",
+    "digits",
+)  # the book's main student; the others have a smaller one, or one of another kind
 SEARCH_SEEDS = (100, 101)  # never among the reported ones
 
 # %% ../nbs/methods.ipynb #79a4aa50
 @dataclass(frozen=True)
 class NoisySetting(Setting):
     "A setting with wrong labels, and a teacher trained on the same rows."
-    noise:tuple[str,float] = ("symmetric", .3) # kind and rate, as in `corrupt`; ("raters", k): the votes of k people
-    teacher:str = "stopped" # "stopped": at its best epoch on clean validation rows; "to_the_end": at its last; "clean": stopped, on true labels
+
+    noise: tuple[str, float] = (
+        "symmetric",
+        0.3,
+    )  # kind and rate, as in `corrupt`; ("raters", k): the votes of k people
+    teacher: str = "stopped"  # "stopped": at its best epoch on clean validation rows; "to_the_end": at its last; "clean": stopped, on true labels
+
 
 SETTINGS |= {
-    "noisy": NoisySetting("movies, 30 % of labels wrong", "movies", 2000, 2000, (7, 2), 40, (3e-4, 1e-3)),
-    "noisy-digits": NoisySetting("digits, 30 % of labels wrong", "digits", 300, 300, (70, 20), 30, (3e-3, 1e-2, 3e-2), student=(16,)),
-    "characters": Setting("characters of movies", "characters", 1000, 1000, (7, 2), 20, (3e-3, 1e-2), student=("gpt", 2, 64)),
+    "noisy": NoisySetting(
+        "movies, 30 % of labels wrong", "movies", 2000, 2000, (7, 2), 40, (3e-4, 1e-3)
+    ),
+    "noisy-digits": NoisySetting(
+        "digits, 30 % of labels wrong",
+        "digits",
+        300,
+        300,
+        (70, 20),
+        30,
+        (3e-3, 1e-2, 3e-2),
+        student=(16,),
+    ),
+    "characters": Setting(
+        "characters of movies",
+        "characters",
+        1000,
+        1000,
+        (7, 2),
+        20,
+        (3e-3, 1e-2),
+        student=("gpt", 2, 64),
+    ),
 }
 
 # %% ../nbs/methods.ipynb #85f4a7e0
 def setting_of(
-    name:str, # a key of SETTINGS
-)->Setting:
+    name: str,  # a key of SETTINGS
+) -> Setting:
     "The setting called `name`."
-    if name not in SETTINGS: raise ValueError(f"no setting {name!r}; there are {', '.join(SETTINGS)}")
+    if name not in SETTINGS:
+        raise ValueError(f"no setting {name!r}; there are {', '.join(SETTINGS)}")
     return SETTINGS[name]
 
 # %% ../nbs/methods.ipynb #f698b5fb
 @dataclass(frozen=True)
 class Method:
     "A rung of the ladder."
-    title:str # for people
-    recipe:Callable[...,Recipe]|None # (setting, lr, **what setup adds) -> what to run; None: see `candidates`
-    rate_of:str = "" # a method whose searched rate this one takes over; default: a search of its own
-    candidates:tuple[str,...] = () # methods of which validation rows choose one to stand on this rung
-    setup:Callable|None = None # (setting, student, rows) -> student, rows, more arguments of the recipe; default: as they are
-    fits:Callable[[Setting],bool] = lambda setting: True # settings in which it can be run
 
-    def prepare(self, setting:Setting, student:nn.Module, rows:Any)->tuple[nn.Module,Any,dict[str,Any]]:
+    title: str  # for people
+    recipe: (
+        Callable[..., Recipe] | None
+    )  # (setting, lr, **what setup adds) -> what to run; None: see `candidates`
+    rate_of: str = ""  # a method whose searched rate this one takes over; default: a search of its own
+    candidates: tuple[
+        str, ...
+    ] = ()  # methods of which validation rows choose one to stand on this rung
+    setup: Callable | None = (
+        None  # (setting, student, rows) -> student, rows, more arguments of the recipe; default: as they are
+    )
+    fits: Callable[[Setting], bool] = lambda setting: (
+        True
+    )  # settings in which it can be run
+
+    def prepare(
+        self, setting: Setting, student: nn.Module, rows: Any
+    ) -> tuple[nn.Module, Any, dict[str, Any]]:
         "What `setup` gives: student, rows, more arguments of the recipe."
         return self.setup(setting, student, rows) if self.setup else (student, rows, {})
 
-def _one(objective:Any, s:Setting, lr:float)->Recipe:
-    on_labels = s.on_labels if objective.rows == "labelled" else lambda epochs: epochs
-    return Recipe((Stage(objective, on_labels(sum(s.epochs)), lr, s.batch_size, validate_every=on_labels(1)),))
 
-def _then_labels(objective:Any, s:Setting, lr:float)->Recipe:
+def _one(objective: Any, s: Setting, lr: float) -> Recipe:
+    on_labels = s.on_labels if objective.rows == "labelled" else lambda epochs: epochs
+    return Recipe(
+        (
+            Stage(
+                objective,
+                on_labels(sum(s.epochs)),
+                lr,
+                s.batch_size,
+                validate_every=on_labels(1),
+            ),
+        )
+    )
+
+
+def _then_labels(objective: Any, s: Setting, lr: float) -> Recipe:
     first = Stage(objective, s.epochs[0], lr, s.batch_size)
-    return Recipe((first, Stage(CrossEntropy(), s.on_labels(s.epochs[1]), lr, s.batch_size, validate_every=s.on_labels(1))))
+    return Recipe(
+        (
+            first,
+            Stage(
+                CrossEntropy(),
+                s.on_labels(s.epochs[1]),
+                lr,
+                s.batch_size,
+                validate_every=s.on_labels(1),
+            ),
+        )
+    )
+
 
 METHODS = {
     "alone": Method("student alone", lambda s, lr: _one(CrossEntropy(), s, lr)),
     "hinton": Method("plain KD", lambda s, lr: _one(Hinton(), s, lr)),
     "logit_mse": Method("logit MSE", lambda s, lr: _one(LogitMSE(), s, lr)),
-    "logit_mse_labels": Method("logit MSE, then labels", lambda s, lr: _then_labels(LogitMSE(), s, lr)),
-    "constant_phi": Method("constant phi, then labels", lambda s, lr: _then_labels(LogitMSE((s.tau_max + 1) / (2 * s.tau_max)), s, lr)),
-    "annealing_kd": Method("Annealing-KD", lambda s, lr: annealing_kd.recipe(
-        s.tau_max, (s.epochs[0], s.on_labels(s.epochs[1])), lr, s.batch_size, label_validate_every=s.on_labels(1))),
+    "logit_mse_labels": Method(
+        "logit MSE, then labels", lambda s, lr: _then_labels(LogitMSE(), s, lr)
+    ),
+    "constant_phi": Method(
+        "constant phi, then labels",
+        lambda s, lr: _then_labels(LogitMSE((s.tau_max + 1) / (2 * s.tau_max)), s, lr),
+    ),
+    "annealing_kd": Method(
+        "Annealing-KD",
+        lambda s, lr: annealing_kd.recipe(
+            s.tau_max,
+            (s.epochs[0], s.on_labels(s.epochs[1])),
+            lr,
+            s.batch_size,
+            label_validate_every=s.on_labels(1),
+        ),
+    ),
 }
 BASELINES = ("alone", "hinton", "logit_mse")
 
 # %% ../nbs/methods.ipynb #a7bce4c9
-def _continued(s:Setting, lr:float, **how:Any)->Recipe: return continuation_kd.recipe(s.tau_max, epochs=sum(s.epochs), lr=lr, batch_size=s.batch_size, **how)
+def _continued(s: Setting, lr: float, **how: Any) -> Recipe:
+    return continuation_kd.recipe(
+        s.tau_max, epochs=sum(s.epochs), lr=lr, batch_size=s.batch_size, **how
+    )
+
 
 METHODS |= {
     "continuation_kd": Method("Continuation-KD", _continued),
-    "continuation_no_margin": Method("Continuation-KD, margin 0", lambda s, lr: _continued(s, lr, margin=0.)),
-    "continuation_printed": Method("Continuation-KD, as printed", lambda s, lr: _continued(s, lr, psi=continuation_kd.paper_psi, anneal="all")),
-    "progressive_kd": Method("Pro-KD", lambda s, lr: progressive_kd.recipe(
-        epochs=(s.epochs[0], s.on_labels(s.epochs[1])), lr=lr, batch_size=s.batch_size, label_validate_every=s.on_labels(1))),
-    **{f"trail_{path}": Method(title, lambda s, lr, path=path: _then_labels(ProgressiveKD(path=path), s, lr))
-       for path, title in (("detour", "trail by a detour"), ("reversed", "trail reversed"), ("shuffled", "trail shuffled"), ("mean", "mean of the trail"))},
-    **{f"checkpoint_{j}": Method(f"checkpoint {j} alone", lambda s, lr, j=j: _then_labels(ProgressiveKD(path=j), s, lr), rate_of="logit_mse_labels")
-       for j in range(1, 8)},
+    "continuation_no_margin": Method(
+        "Continuation-KD, margin 0", lambda s, lr: _continued(s, lr, margin=0.0)
+    ),
+    "continuation_printed": Method(
+        "Continuation-KD, as printed",
+        lambda s, lr: _continued(s, lr, psi=continuation_kd.paper_psi, anneal="all"),
+    ),
+    "progressive_kd": Method(
+        "Pro-KD",
+        lambda s, lr: progressive_kd.recipe(
+            epochs=(s.epochs[0], s.on_labels(s.epochs[1])),
+            lr=lr,
+            batch_size=s.batch_size,
+            label_validate_every=s.on_labels(1),
+        ),
+    ),
+    **{
+        f"trail_{path}": Method(
+            title,
+            lambda s, lr, path=path: _then_labels(ProgressiveKD(path=path), s, lr),
+        )
+        for path, title in (
+            ("detour", "trail by a detour"),
+            ("reversed", "trail reversed"),
+            ("shuffled", "trail shuffled"),
+            ("mean", "mean of the trail"),
+        )
+    },
+    **{
+        f"checkpoint_{j}": Method(
+            f"checkpoint {j} alone",
+            lambda s, lr, j=j: _then_labels(ProgressiveKD(path=j), s, lr),
+            rate_of="logit_mse_labels",
+        )
+        for j in range(1, 8)
+    },
 }
-METHODS["best_checkpoint"] = Method("best single checkpoint", None, candidates=(*(f"checkpoint_{j}" for j in range(1, 8)), "logit_mse_labels"))
+METHODS["best_checkpoint"] = Method(
+    "best single checkpoint",
+    None,
+    candidates=(*(f"checkpoint_{j}" for j in range(1, 8)), "logit_mse_labels"),
+)
 LADDERS = {
     "annealing_kd": (*BASELINES, "logit_mse_labels", "constant_phi", "annealing_kd"),
-    "continuation_kd": (*BASELINES, "annealing_kd", "continuation_no_margin", "continuation_printed", "continuation_kd"),
-    "progressive_kd": (*BASELINES, "logit_mse_labels", "annealing_kd", "progressive_kd"),
-    "best_checkpoint": (*BASELINES, "logit_mse_labels", "trail_detour", "trail_reversed", "trail_shuffled", "trail_mean", "best_checkpoint", "progressive_kd"),
+    "continuation_kd": (
+        *BASELINES,
+        "annealing_kd",
+        "continuation_no_margin",
+        "continuation_printed",
+        "continuation_kd",
+    ),
+    "progressive_kd": (
+        *BASELINES,
+        "logit_mse_labels",
+        "annealing_kd",
+        "progressive_kd",
+    ),
+    "best_checkpoint": (
+        *BASELINES,
+        "logit_mse_labels",
+        "trail_detour",
+        "trail_reversed",
+        "trail_shuffled",
+        "trail_mean",
+        "best_checkpoint",
+        "progressive_kd",
+    ),
 }
 
 # %% ../nbs/methods.ipynb #edfcabf5
-def _heads(setting:Setting, student:nn.Module, rows:Any)->tuple:
+def _heads(setting: Setting, student: nn.Module, rows: Any) -> tuple:
     "The student with pseudo-classifiers, where it has layers to put them on."
     deep = setting.task != "digits" and setting.student[0] != 1
     return PseudoClassifiers(student) if deep else student, rows, {}
 
-def _held_out(setting:Setting, student:nn.Module, rows:Any)->tuple:
+
+def _held_out(setting: Setting, student: nn.Module, rows: Any) -> tuple:
     "A tenth of the labelled rows becomes the meta set; others are repeated in their places, so that the updates stay the same."
-    labelled = np.random.default_rng(0).permutation([i for i, label in enumerate(rows["label"]) if label != -100])
+    labelled = np.random.default_rng(0).permutation(
+        [i for i, label in enumerate(rows["label"]) if label != -100]
+    )
     meta, rest = np.split(labelled, [len(labelled) // 10])
-    kept = np.concatenate([np.setdiff1d(np.arange(len(rows)), meta), rest[:len(meta)]])
+    kept = np.concatenate([np.setdiff1d(np.arange(len(rows)), meta), rest[: len(meta)]])
     return student, rows.select(kept), dict(meta=rows.select(meta))
 
-def _hidden(layer:int, setting:Setting, student:nn.Module, rows:Any)->tuple:
+
+def _hidden(layer: int, setting: Setting, student: nn.Module, rows: Any) -> tuple:
     "Projections to the teacher's width, and one layer of the live teacher on every row."
     states = _teacher_states()[:, layer - 1][torch.tensor(rows["idx"])]
-    return PseudoClassifiers(student, outputs=states.shape[-1]), with_column(rows, "teacher_hidden", states[:, None]), {}
+    return (
+        PseudoClassifiers(student, outputs=states.shape[-1]),
+        with_column(rows, "teacher_hidden", states[:, None]),
+        {},
+    )
 
-TRAIL = (25, 50, 100, 175, 300, 450, 600, 750)  # updates after which the movie teacher's weights are kept
 
-def movie_teacher()->nn.Module:
+TRAIL = (
+    25,
+    50,
+    100,
+    175,
+    300,
+    450,
+    600,
+    750,
+)  # updates after which the movie teacher's weights are kept
+
+
+def movie_teacher() -> nn.Module:
     "The live movie teacher, with the weights that training it left in the user's cache. Raises `FileNotFoundError` where there are none."
-    from kdbook.data import cache_dir
+    from kdbook.files import cache_dir
     from kdbook.models import teacher
-    try: return Trail(TRAIL, cache_dir() / "teacher" / "minilm-movies").load(teacher("minilm"))
-    except FileNotFoundError as e: raise FileNotFoundError(f"{e}: python -m kdbook teacher --keep-record") from None
+
+    try:
+        return Trail(TRAIL, cache_dir() / "teacher" / "minilm-movies").load(
+            teacher("minilm")
+        )
+    except FileNotFoundError as e:
+        raise FileNotFoundError(
+            f"{e}: python -m kdbook teacher --keep-record"
+        ) from None
+
 
 @lru_cache(1)
-def _teacher_states()->Any: # (largest idx + 1, layers, hidden_size)
+def _teacher_states() -> Any:  # (largest idx + 1, layers, hidden_size)
     from kdbook.data import load_task
+
     train = load_task("movies")["train"]
     model = PseudoClassifiers(movie_teacher())
-    states = predict_logits(model, train, read=lambda output: torch.stack(output.pooled, 1), progress=False)
-    states -= states.mean(0)  # the part that all sentences share says nothing about any of them
-    return torch.zeros(max(train["idx"]) + 1, *states.shape[1:]).index_copy(0, torch.tensor(train["idx"]), states)
+    states = predict_logits(
+        model, train, read=lambda output: torch.stack(output.pooled, 1), progress=False
+    )
+    states -= states.mean(
+        0
+    )  # the part that all sentences share says nothing about any of them
+    return torch.zeros(max(train["idx"]) + 1, *states.shape[1:]).index_copy(
+        0, torch.tensor(train["idx"]), states
+    )
 
 # %% ../nbs/methods.ipynb #d1f0556c
-def _universal(s:Setting, lr:float, **how:Any)->Recipe:
-    return universal_kd.recipe(**{"setting": "ca", **how}, epochs=(s.epochs[0], s.on_labels(s.epochs[1])), lr=lr, batch_size=s.batch_size, label_validate_every=s.on_labels(1))
+def _universal(s: Setting, lr: float, **how: Any) -> Recipe:
+    return universal_kd.recipe(
+        **{"setting": "ca", **how},
+        epochs=(s.epochs[0], s.on_labels(s.epochs[1])),
+        lr=lr,
+        batch_size=s.batch_size,
+        label_validate_every=s.on_labels(1),
+    )
+
 
 METHODS |= {
-    "soft_labels": Method("soft targets, then labels", lambda s, lr: _universal(s, lr, layer_weight=0.)),
+    "soft_labels": Method(
+        "soft targets, then labels", lambda s, lr: _universal(s, lr, layer_weight=0.0)
+    ),
     "universal_kd": Method("Universal-KD", _universal, setup=_heads),
-    "universal_cg": Method("Universal-KD, capacity gap", lambda s, lr: _universal(s, lr, setting="cg")),
-    "universal_losses": Method("Universal-KD, losses mixed", lambda s, lr: _universal(s, lr, mix="losses"), "universal_kd", setup=_heads),
-    "universal_detached": Method("Universal-KD, detached", lambda s, lr: _universal(s, lr, detach=True), "universal_kd", setup=_heads),
-    **{f"hidden_{j}": Method(f"teacher layer {j}", lambda s, lr: _then_labels(HiddenKD(), s, lr), setup=partial(_hidden, j)) for j in (1, 3, 5)},
-    "hidden_kd": Method("hidden states", None, candidates=("hidden_1", "hidden_3", "hidden_5")),
+    "universal_cg": Method(
+        "Universal-KD, capacity gap", lambda s, lr: _universal(s, lr, setting="cg")
+    ),
+    "universal_losses": Method(
+        "Universal-KD, losses mixed",
+        lambda s, lr: _universal(s, lr, mix="losses"),
+        "universal_kd",
+        setup=_heads,
+    ),
+    "universal_detached": Method(
+        "Universal-KD, detached",
+        lambda s, lr: _universal(s, lr, detach=True),
+        "universal_kd",
+        setup=_heads,
+    ),
+    **{
+        f"hidden_{j}": Method(
+            f"teacher layer {j}",
+            lambda s, lr: _then_labels(HiddenKD(), s, lr),
+            setup=partial(_hidden, j),
+        )
+        for j in (1, 3, 5)
+    },
+    "hidden_kd": Method(
+        "hidden states", None, candidates=("hidden_1", "hidden_3", "hidden_5")
+    ),
 }
 
 # %% ../nbs/methods.ipynb #487fe7d8
-def _reweighted(s:Setting, lr:float, **how:Any)->Recipe: return reweighted_kd.recipe(epochs=sum(s.epochs), lr=lr, batch_size=s.batch_size, **how)
+def _reweighted(s: Setting, lr: float, **how: Any) -> Recipe:
+    return reweighted_kd.recipe(
+        epochs=sum(s.epochs), lr=lr, batch_size=s.batch_size, **how
+    )
 
-WEIGHTS = {"weight_25": ("teacher's weight 0.25", .25), "weight_50": ("teacher's weight 0.5", .5), "weight_75": ("teacher's weight 0.75", .75),
-           "weight_linear": ("weight from 1 to 0", (1., 0.)), "weight_truth": ("weight by teacher's truth", "truth"), "weight_confidence": ("weight by its certainty", "confidence")}
+
+WEIGHTS = {
+    "weight_25": ("teacher's weight 0.25", 0.25),
+    "weight_50": ("teacher's weight 0.5", 0.5),
+    "weight_75": ("teacher's weight 0.75", 0.75),
+    "weight_linear": ("weight from 1 to 0", (1.0, 0.0)),
+    "weight_truth": ("weight by teacher's truth", "truth"),
+    "weight_confidence": ("weight by its certainty", "confidence"),
+}
 METHODS |= {
-    **{name: Method(title, lambda s, lr, weight=weight: _one(WeightedKD(weight), s, lr), "hinton") for name, (title, weight) in WEIGHTS.items()},
-    "nine_tenths": Method("weight 0.5 on nine tenths", lambda s, lr: _one(WeightedKD(.5), s, lr), "hinton", setup=lambda *run: (*_held_out(*run)[:2], {})),
+    **{
+        name: Method(
+            title,
+            lambda s, lr, weight=weight: _one(WeightedKD(weight), s, lr),
+            "hinton",
+        )
+        for name, (title, weight) in WEIGHTS.items()
+    },
+    "nine_tenths": Method(
+        "weight 0.5 on nine tenths",
+        lambda s, lr: _one(WeightedKD(0.5), s, lr),
+        "hinton",
+        setup=lambda *run: (*_held_out(*run)[:2], {}),
+    ),
     "reweighted_kd": Method("RW-KD", _reweighted, "hinton", setup=_held_out),
-    "reweighted_both": Method("RW-KD, both losses held out", lambda s, lr, **how: _reweighted(s, lr, meta_loss="both", **how), "hinton", setup=_held_out),
+    "reweighted_both": Method(
+        "RW-KD, both losses held out",
+        lambda s, lr, **how: _reweighted(s, lr, meta_loss="both", **how),
+        "hinton",
+        setup=_held_out,
+    ),
 }
 
 # %% ../nbs/methods.ipynb #605f3fb5
-def _outside(setting:Setting, student:nn.Module, rows:Any)->tuple:
+def _outside(setting: Setting, student: nn.Module, rows: Any) -> tuple:
     "The same rows with out-of-fold logits in place of the teacher's."
     return student, with_column(rows, "teacher_logits", rows["teacher_oof_logits"]), {}
 
-def _keep(s:Setting)->float: return 1 - s.noise[1] if s.noise and s.noise[0] != "raters" else .8
+
+def _keep(s: Setting) -> float:
+    return 1 - s.noise[1] if s.noise and s.noise[0] != "raters" else 0.8
+
 
 METHODS |= {
-    "hinton_oof": Method("plain KD, out of fold", lambda s, lr: _one(Hinton(), s, lr), setup=_outside),
+    "hinton_oof": Method(
+        "plain KD, out of fold", lambda s, lr: _one(Hinton(), s, lr), setup=_outside
+    ),
     "relabel": Method("soft relabelling", lambda s, lr: _one(SoftRelabelling(), s, lr)),
-    "relabel_oof": Method("soft relabelling, out of fold", lambda s, lr: _one(SoftRelabelling(), s, lr), "relabel", setup=_outside),
-    "select_in_sample": Method("selection, gate in sample", lambda s, lr: _one(SelectiveKD(support="teacher_logits"), s, lr), "select"),
-    "select": Method("selection, gate out of fold", lambda s, lr: _one(SelectiveKD(), s, lr)),
-    "select_oof": Method("selection, all out of fold", lambda s, lr: _one(SelectiveKD(), s, lr), "select", setup=_outside),
-    "small_loss": Method("small losses", lambda s, lr: _one(SmallLossKD((1., _keep(s))), s, lr)),
-    "reweighted_1": Method("RW-KD at temperature 1", partial(_reweighted, temperature=1.), "hinton", setup=_held_out),
+    "relabel_oof": Method(
+        "soft relabelling, out of fold",
+        lambda s, lr: _one(SoftRelabelling(), s, lr),
+        "relabel",
+        setup=_outside,
+    ),
+    "select_in_sample": Method(
+        "selection, gate in sample",
+        lambda s, lr: _one(SelectiveKD(support="teacher_logits"), s, lr),
+        "select",
+    ),
+    "select": Method(
+        "selection, gate out of fold", lambda s, lr: _one(SelectiveKD(), s, lr)
+    ),
+    "select_oof": Method(
+        "selection, all out of fold",
+        lambda s, lr: _one(SelectiveKD(), s, lr),
+        "select",
+        setup=_outside,
+    ),
+    "small_loss": Method(
+        "small losses", lambda s, lr: _one(SmallLossKD((1.0, _keep(s))), s, lr)
+    ),
+    "reweighted_1": Method(
+        "RW-KD at temperature 1",
+        partial(_reweighted, temperature=1.0),
+        "hinton",
+        setup=_held_out,
+    ),
 }
 
 # %% ../nbs/methods.ipynb #97cb005c
-def movie_generator()->nn.Module:
+def movie_generator() -> nn.Module:
     "MiniLM's masked generator, warmed up on the first 4,000 training sentences; read from the user's cache after the first time."
     from kdbook.data import load_task
     from kdbook.words import masked_generator, warm_up
-    return warm_up(masked_generator(), load_task("movies")["train"].select(range(4000)), progress=False)
+
+    return warm_up(
+        masked_generator(),
+        load_task("movies")["train"].select(range(4000)),
+        progress=False,
+    )
+
 
 @lru_cache(1)
-def movie_pool()->"datasets.Dataset": # idx, and the pool's columns
+def movie_pool() -> "datasets.Dataset":  # idx, and the pool's columns
     "Eight variants of every movie training sentence with the teacher's answers; made once (ten minutes), then read from the user's cache."
     from datasets import load_from_disk
-    from kdbook.data import cache_dir, load_task
+
+    from kdbook.data import load_task
+    from kdbook.files import cache_dir
+
     folder = cache_dir() / "pools" / "movies-8-seed0"
     if not folder.exists():
-        pool = annotate_pool(make_pool(load_task("movies")["train"].select_columns(["idx", "text"]), generator=movie_generator()), movie_teacher())
+        pool = annotate_pool(
+            make_pool(
+                load_task("movies")["train"].select_columns(["idx", "text"]),
+                generator=movie_generator(),
+            ),
+            movie_teacher(),
+        )
         part = folder.with_name(f".{folder.name}.{os.getpid()}")
         pool.remove_columns("text").save_to_disk(part)
         part.rename(folder)  # whole or not at all
     return load_from_disk(folder)
 
 # %% ../nbs/methods.ipynb #6772d0bd
-def _pooled(setting:Setting, student:nn.Module, rows:Any)->tuple:
+def _pooled(setting: Setting, student: nn.Module, rows: Any) -> tuple:
     "The rows with their pools; digits come with one."
-    if setting.task == "digits": return student, rows, {}
+    if setting.task == "digits":
+        return student, rows, {}
     pool = movie_pool()
     place = {idx: n for n, idx in enumerate(pool["idx"])}
     mine = pool.select([place[idx] for idx in rows["idx"]])
     for name in mine.column_names:
-        if name != "idx": rows = with_column(rows, name, mine[name][:])
+        if name != "idx":
+            rows = with_column(rows, name, mine[name][:])
     return student, rows, {}
 
 # %% ../nbs/methods.ipynb #9ffe7cba
 TIMES = {  # updates of each method that take as long as one of Glitter's, or of Combined-KD's first stage
-    "same-rows": dict(hinton=5., glitter_random=1.75, glitter_all=.5, combined=8.),
-    "same-rows-1x32": dict(hinton=3.5, glitter_random=1.7, glitter_all=.67),
+    "same-rows": dict(hinton=5.0, glitter_random=1.75, glitter_all=0.5, combined=8.0),
+    "same-rows-1x32": dict(hinton=3.5, glitter_random=1.7, glitter_all=0.67),
     "digits": dict(hinton=2.1, glitter_random=1.4, glitter_all=1.35),
 }
 
-def _as_long(s:Setting, method:str)->float: return next((t[method] for name, t in TIMES.items() if SETTINGS[name] == s and method in t), 1.)
-def _times(recipe:Recipe, factor:float)->Recipe:
+
+def _as_long(s: Setting, method: str) -> float:
+    return next(
+        (t[method] for name, t in TIMES.items() if SETTINGS[name] == s and method in t),
+        1.0,
+    )
+
+
+def _times(recipe: Recipe, factor: float) -> Recipe:
     "The recipe with its first stage so many times as long, validated as often."
     first, *rest = recipe.stages
     epochs = max(1, round(factor * first.epochs))
-    return replace(recipe, stages=(replace(first, epochs=epochs, validate_every=max(1, epochs // first.epochs)), *rest))
+    return replace(
+        recipe,
+        stages=(
+            replace(
+                first, epochs=epochs, validate_every=max(1, epochs // first.epochs)
+            ),
+            *rest,
+        ),
+    )
 
-def _glitter(s:Setting, lr:float, times:float=1., **how:Any)->Recipe:
-    return _times(glitter.recipe(epochs=sum(s.epochs), lr=lr, batch_size=s.batch_size, **how), times)
 
-def _has_pool(s:Setting)->bool: return not s.noise and s.task in ("movies", "digits")
+def _glitter(s: Setting, lr: float, times: float = 1.0, **how: Any) -> Recipe:
+    return _times(
+        glitter.recipe(epochs=sum(s.epochs), lr=lr, batch_size=s.batch_size, **how),
+        times,
+    )
+
+
+def _has_pool(s: Setting) -> bool:
+    return not s.noise and s.task in ("movies", "digits")
+
 
 _CHOSEN = dict(setup=_pooled, fits=_has_pool)
 METHODS |= {
     "glitter": Method("Glitter", _glitter, "hinton", **_CHOSEN),
-    "glitter_all": Method("all 8 variants", partial(_glitter, k2=8), "hinton", **_CHOSEN),
-    "glitter_random": Method("2 variants at random", partial(_glitter, pick="random"), "hinton", **_CHOSEN),
-    "hinton_as_long": Method("plain KD, same time", lambda s, lr: _times(_one(Hinton(), s, lr), _as_long(s, "hinton")), "hinton"),
-    "glitter_random_as_long": Method("2 at random, same time", lambda s, lr: _glitter(s, lr, _as_long(s, "glitter_random"), pick="random"), "hinton", **_CHOSEN),
-    "glitter_all_as_long": Method("all 8, same time", lambda s, lr: _glitter(s, lr, _as_long(s, "glitter_all"), k2=8), "hinton", **_CHOSEN),
+    "glitter_all": Method(
+        "all 8 variants", partial(_glitter, k2=8), "hinton", **_CHOSEN
+    ),
+    "glitter_random": Method(
+        "2 variants at random", partial(_glitter, pick="random"), "hinton", **_CHOSEN
+    ),
+    "hinton_as_long": Method(
+        "plain KD, same time",
+        lambda s, lr: _times(_one(Hinton(), s, lr), _as_long(s, "hinton")),
+        "hinton",
+    ),
+    "glitter_random_as_long": Method(
+        "2 at random, same time",
+        lambda s, lr: _glitter(s, lr, _as_long(s, "glitter_random"), pick="random"),
+        "hinton",
+        **_CHOSEN,
+    ),
+    "glitter_all_as_long": Method(
+        "all 8, same time",
+        lambda s, lr: _glitter(s, lr, _as_long(s, "glitter_all"), k2=8),
+        "hinton",
+        **_CHOSEN,
+    ),
 }
 
 # %% ../nbs/methods.ipynb #e5a9e701
 @lru_cache(1)
-def _adversaries()->dict[str,nn.Module]: return dict(teacher=movie_teacher(), generator=movie_generator())
-def _adversarial(setting:Setting, student:nn.Module, rows:Any)->tuple: return student, rows, _adversaries()
+def _adversaries() -> dict[str, nn.Module]:
+    return dict(teacher=movie_teacher(), generator=movie_generator())
 
-def _combined(s:Setting, lr:float, **how:Any)->Recipe:
-    return combined_kd.recipe(tau_max=s.tau_max, epochs=(s.epochs[0], s.on_labels(s.epochs[1])), lr=lr, batch_size=s.batch_size, label_validate_every=s.on_labels(1), bf16=True, **how)
+
+def _adversarial(setting: Setting, student: nn.Module, rows: Any) -> tuple:
+    return student, rows, _adversaries()
+
+
+def _combined(s: Setting, lr: float, **how: Any) -> Recipe:
+    return combined_kd.recipe(
+        tau_max=s.tau_max,
+        epochs=(s.epochs[0], s.on_labels(s.epochs[1])),
+        lr=lr,
+        batch_size=s.batch_size,
+        label_validate_every=s.on_labels(1),
+        bf16=True,
+        **how,
+    )
+
 
 _REWRITTEN = dict(setup=_adversarial, fits=lambda s: not s.noise and s.task == "movies")
 METHODS |= {
-    "mate_kd": Method("MATE-KD", lambda s, lr, **how: combined_kd.mate_recipe(epochs=sum(s.epochs), lr=lr, batch_size=s.batch_size, bf16=True, **how), "hinton", **_REWRITTEN),
+    "mate_kd": Method(
+        "MATE-KD",
+        lambda s, lr, **how: combined_kd.mate_recipe(
+            epochs=sum(s.epochs), lr=lr, batch_size=s.batch_size, bf16=True, **how
+        ),
+        "hinton",
+        **_REWRITTEN,
+    ),
     "combined_kd": Method("Combined-KD", _combined, "annealing_kd", **_REWRITTEN),
-    "combined_still": Method("Combined-KD, generator at rest", partial(_combined, generator_steps=0), "annealing_kd", **_REWRITTEN),
-    "annealing_as_long": Method("Annealing-KD, same time", lambda s, lr: _times(METHODS["annealing_kd"].recipe(s, lr), _as_long(s, "combined")), "annealing_kd"),
+    "combined_still": Method(
+        "Combined-KD, generator at rest",
+        partial(_combined, generator_steps=0),
+        "annealing_kd",
+        **_REWRITTEN,
+    ),
+    "annealing_as_long": Method(
+        "Annealing-KD, same time",
+        lambda s, lr: _times(
+            METHODS["annealing_kd"].recipe(s, lr), _as_long(s, "combined")
+        ),
+        "annealing_kd",
+    ),
 }
 
 # %% ../nbs/methods.ipynb #c792763c
-def _averaged(base:str)->Callable[...,Recipe]: return lambda s, lr, **how: swa.recipe(METHODS[base].recipe(s, lr, **how))
-def _without_mean(s:Setting, lr:float)->Recipe: return Recipe(_averaged("alone")(s, lr).stages)
-def _without_rate(s:Setting, lr:float)->Recipe: return Recipe(_one(CrossEntropy(), s, lr).stages, (swa.SWA(),))
+def _averaged(base: str) -> Callable[..., Recipe]:
+    return lambda s, lr, **how: swa.recipe(METHODS[base].recipe(s, lr, **how))
 
-ON_KD = ("hinton", "logit_mse", "annealing_kd", "continuation_kd", "progressive_kd", "universal_kd")
+
+def _without_mean(s: Setting, lr: float) -> Recipe:
+    return Recipe(_averaged("alone")(s, lr).stages)
+
+
+def _without_rate(s: Setting, lr: float) -> Recipe:
+    return Recipe(_one(CrossEntropy(), s, lr).stages, (swa.SWA(),))
+
+
+ON_KD = (
+    "hinton",
+    "logit_mse",
+    "annealing_kd",
+    "continuation_kd",
+    "progressive_kd",
+    "universal_kd",
+)
 METHODS |= {
     "swa": Method("SWA", _averaged("alone")),
     "constant_rate": Method("constant rate, no mean", _without_mean, "swa"),
     "swa_linear": Method("mean, falling rate", _without_rate, "alone"),
-    **{f"{name}_swa": Method(f"{METHODS[name].title} + SWA", _averaged(name), setup=METHODS[name].setup) for name in ON_KD},
-    "reweighted_kd_swa": Method("RW-KD + SWA", _averaged("reweighted_kd"), "hinton_swa", setup=_held_out),
+    **{
+        f"{name}_swa": Method(
+            f"{METHODS[name].title} + SWA", _averaged(name), setup=METHODS[name].setup
+        )
+        for name in ON_KD
+    },
+    "reweighted_kd_swa": Method(
+        "RW-KD + SWA", _averaged("reweighted_kd"), "hinton_swa", setup=_held_out
+    ),
 }
 
 # %% ../nbs/methods.ipynb #8cf321ff
 LADDERS |= {
     "universal_kd": (*BASELINES, "soft_labels", "annealing_kd", "universal_kd"),
-    "universal_controls": (*BASELINES, "soft_labels", "hidden_kd", "universal_cg", "universal_losses", "universal_detached", "universal_kd"),
+    "universal_controls": (
+        *BASELINES,
+        "soft_labels",
+        "hidden_kd",
+        "universal_cg",
+        "universal_losses",
+        "universal_detached",
+        "universal_kd",
+    ),
     "reweighted_kd": (*BASELINES, *WEIGHTS, "reweighted_kd"),
-    "reweighted_controls": (*BASELINES, "weight_50", "nine_tenths", "reweighted_both", "reweighted_kd"),
+    "reweighted_controls": (
+        *BASELINES,
+        "weight_50",
+        "nine_tenths",
+        "reweighted_both",
+        "reweighted_kd",
+    ),
 }
-LADDERS["swa"] = (*BASELINES, "annealing_kd", "continuation_kd", "progressive_kd", "universal_kd", "swa", "hinton_swa")
-LADDERS["all"] = tuple(dict.fromkeys(m for name, rungs in LADDERS.items() if name != "best_checkpoint" and not name.endswith("_controls") for m in rungs))
-LADDERS["techniques"] = (*BASELINES, "annealing_kd", "continuation_kd", "progressive_kd", "universal_kd", "reweighted_kd", "glitter", "combined_kd", "swa")  # without their controls
+LADDERS["swa"] = (
+    *BASELINES,
+    "annealing_kd",
+    "continuation_kd",
+    "progressive_kd",
+    "universal_kd",
+    "swa",
+    "hinton_swa",
+)
+LADDERS["all"] = tuple(
+    dict.fromkeys(
+        m
+        for name, rungs in LADDERS.items()
+        if name != "best_checkpoint" and not name.endswith("_controls")
+        for m in rungs
+    )
+)
+LADDERS["techniques"] = (
+    *BASELINES,
+    "annealing_kd",
+    "continuation_kd",
+    "progressive_kd",
+    "universal_kd",
+    "reweighted_kd",
+    "glitter",
+    "combined_kd",
+    "swa",
+)  # without their controls
 LADDERS |= {
     "glitter": (*BASELINES, "glitter_random", "glitter_all", "glitter"),
-    "glitter_time": (*BASELINES, "hinton_as_long", "glitter_random_as_long", "glitter_all_as_long", "glitter"),
-    "combined_kd": (*BASELINES, "annealing_kd", "annealing_as_long", "glitter_random", "mate_kd", "combined_still", "combined_kd"),
-    "noisy_label_kd": (*BASELINES, "weight_75", "hinton_oof", "relabel", "relabel_oof", "select_in_sample", "select", "select_oof", "small_loss", "reweighted_1"),
+    "glitter_time": (
+        *BASELINES,
+        "hinton_as_long",
+        "glitter_random_as_long",
+        "glitter_all_as_long",
+        "glitter",
+    ),
+    "combined_kd": (
+        *BASELINES,
+        "annealing_kd",
+        "annealing_as_long",
+        "glitter_random",
+        "mate_kd",
+        "combined_still",
+        "combined_kd",
+    ),
+    "noisy_label_kd": (
+        *BASELINES,
+        "weight_75",
+        "hinton_oof",
+        "relabel",
+        "relabel_oof",
+        "select_in_sample",
+        "select",
+        "select_oof",
+        "small_loss",
+        "reweighted_1",
+    ),
     "swa_controls": (*BASELINES, "swa_linear", "constant_rate", "swa", "hinton_swa"),
-    "swa_on_kd": tuple(dict.fromkeys((*BASELINES, *(m for name in (*ON_KD, "reweighted_kd") for m in (name, f"{name}_swa"))))),
+    "swa_on_kd": tuple(
+        dict.fromkeys(
+            (
+                *BASELINES,
+                *(
+                    m
+                    for name in (*ON_KD, "reweighted_kd")
+                    for m in (name, f"{name}_swa")
+                ),
+            )
+        )
+    ),
 }
 
 # %% ../nbs/methods.ipynb #77f84d0f
 def ladder_of(
-    method:str, # a key of METHODS or of LADDERS
-)->tuple[str,...]: # rungs, bottom first
-    "The methods that `method` is compared with, itself last; \"techniques\" are all techniques, \"all\" their controls as well."
-    if method in LADDERS: return LADDERS[method]
-    if method not in METHODS: raise ValueError(f"no method {method!r}; there are {', '.join(METHODS)}")
+    method: str,  # a key of METHODS or of LADDERS
+) -> tuple[str, ...]:  # rungs, bottom first
+    'The methods that `method` is compared with, itself last; "techniques" are all techniques, "all" their controls as well.'
+    if method in LADDERS:
+        return LADDERS[method]
+    if method not in METHODS:
+        raise ValueError(f"no method {method!r}; there are {', '.join(METHODS)}")
     return tuple(dict.fromkeys((*BASELINES, method)))
 
 # %% ../nbs/methods.ipynb #489347bb
-NOT_RUN = {("few-labels", "glitter"), ("few-labels", "combined_kd"), ("same-rows", "glitter"), ("same-rows", "glitter_all")}  # they fit, and take hours
+NOT_RUN = {
+    ("few-labels", "glitter"),
+    ("few-labels", "combined_kd"),
+    ("same-rows", "glitter"),
+    ("same-rows", "glitter_all"),
+}  # they fit, and take hours
+
 
 def rungs_of(
-    setting_name:str, # a key of SETTINGS
-    method:str, # as in `ladder_of`
-)->tuple[str,...]: # rungs, bottom first
+    setting_name: str,  # a key of SETTINGS
+    method: str,  # as in `ladder_of`
+) -> tuple[str, ...]:  # rungs, bottom first
     "The rungs of a ladder that this setting has. Raises `ValueError` where the method itself is not among them."
     setting = setting_of(setting_name)
-    if method in METHODS and not METHODS[method].fits(setting): raise ValueError(f"{METHODS[method].title} cannot be run in setting {setting_name!r}")
-    return tuple(m for m in ladder_of(method) if METHODS[m].fits(setting) and (setting_name, m) not in NOT_RUN)
+    if method in METHODS and not METHODS[method].fits(setting):
+        raise ValueError(
+            f"{METHODS[method].title} cannot be run in setting {setting_name!r}"
+        )
+    return tuple(
+        m
+        for m in ladder_of(method)
+        if METHODS[m].fits(setting) and (setting_name, m) not in NOT_RUN
+    )
+
 
 def settings_for(
-    method:str, # as in `ladder_of`
-)->tuple[str,...]: # keys of SETTINGS
+    method: str,  # as in `ladder_of`
+) -> tuple[str, ...]:  # keys of SETTINGS
     "The settings in which a method can be run; all of them for a ladder's name."
-    return tuple(name for name, setting in SETTINGS.items() if method in LADDERS and method not in METHODS or METHODS[method].fits(setting))
+    return tuple(
+        name
+        for name, setting in SETTINGS.items()
+        if method in LADDERS and method not in METHODS or METHODS[method].fits(setting)
+    )

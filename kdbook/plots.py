@@ -19,39 +19,39 @@ from matplotlib.colors import LinearSegmentedColormap, to_hex, to_rgb
 from matplotlib.ticker import MaxNLocator
 
 # %% ../nbs/plots.ipynb #7453509c
-_METHODS = { # key: (colour, marker, name in the text)
-    "alone":            ("#747474", "o", "student alone"),
-    "hinton":           ("#56B4E9", "s", "plain KD"),
-    "logit_mse":        ("#0072B2", "^", "logit MSE"),
+_METHODS = {  # key: (colour, marker, name in the text)
+    "alone": ("#747474", "o", "student alone"),
+    "hinton": ("#56B4E9", "s", "plain KD"),
+    "logit_mse": ("#0072B2", "^", "logit MSE"),
     "logit_mse_labels": ("#CC79A7", "v", "logit MSE, then labels"),
-    "constant_phi":     ("#E69F00", "D", "constant phi, then labels"),
-    "annealing_kd":     ("#D55E00", "o", "Annealing-KD"),
-    "continuation_kd":  ("#009E73", "s", "Continuation-KD"),
-    "progressive_kd":   ("#882255", "^", "Pro-KD"),
-    "universal_kd":     ("#009E73", "P", "Universal-KD"),
-    "reweighted_kd":    ("#D55E00", "X", "RW-KD"),
-    "noisy_label_kd":   ("#882255", "D", "KD under label noise"),
-    "glitter":          ("#E69F00", "*", "Glitter"),
-    "combined_kd":      ("#332288", "p", "Combined-KD"),
-    "swa":              ("#CC79A7", "h", "SWA"),
-    "kronecker":        ("#882255", "H", "KroneckerBERT"),
-    "teacher":          ("#000000", "d", "teacher"),
+    "constant_phi": ("#E69F00", "D", "constant phi, then labels"),
+    "annealing_kd": ("#D55E00", "o", "Annealing-KD"),
+    "continuation_kd": ("#009E73", "s", "Continuation-KD"),
+    "progressive_kd": ("#882255", "^", "Pro-KD"),
+    "universal_kd": ("#009E73", "P", "Universal-KD"),
+    "reweighted_kd": ("#D55E00", "X", "RW-KD"),
+    "noisy_label_kd": ("#882255", "D", "KD under label noise"),
+    "glitter": ("#E69F00", "*", "Glitter"),
+    "combined_kd": ("#332288", "p", "Combined-KD"),
+    "swa": ("#CC79A7", "h", "SWA"),
+    "kronecker": ("#882255", "H", "KroneckerBERT"),
+    "teacher": ("#000000", "d", "teacher"),
 }
 
 # %% ../nbs/plots.ipynb #cb2a5c59
 _METHODS |= {
-    "hinton_oof":       ("#56B4E9", "<", "plain KD, out of fold"),
-    "relabel":          ("#009E73", "<", "soft relabelling"),
-    "relabel_oof":      ("#009E73", ">", "soft relabelling, out of fold"),
+    "hinton_oof": ("#56B4E9", "<", "plain KD, out of fold"),
+    "relabel": ("#009E73", "<", "soft relabelling"),
+    "relabel_oof": ("#009E73", ">", "soft relabelling, out of fold"),
     "select_in_sample": ("#D55E00", "<", "selection, gate in sample"),
-    "select":           ("#882255", "<", "selection, gate out of fold"),
-    "select_oof":       ("#882255", ">", "selection, all out of fold"),
-    "small_loss":       ("#E69F00", "<", "small losses"),
-    "reweighted_1":     ("#D55E00", "p", "RW-KD at temperature 1"),
-    "constant_rate":    ("#747474", "h", "constant rate, no mean"),
-    "swa_linear":       ("#E69F00", "h", "mean, falling rate"),
-    "hinton_swa":       ("#56B4E9", "h", "plain KD + SWA"),
-    "logit_mse_swa":    ("#0072B2", "h", "logit MSE + SWA"),
+    "select": ("#882255", "<", "selection, gate out of fold"),
+    "select_oof": ("#882255", ">", "selection, all out of fold"),
+    "small_loss": ("#E69F00", "<", "small losses"),
+    "reweighted_1": ("#D55E00", "p", "RW-KD at temperature 1"),
+    "constant_rate": ("#747474", "h", "constant rate, no mean"),
+    "swa_linear": ("#E69F00", "h", "mean, falling rate"),
+    "hinton_swa": ("#56B4E9", "h", "plain KD + SWA"),
+    "logit_mse_swa": ("#0072B2", "h", "logit MSE + SWA"),
     "annealing_kd_swa": ("#D55E00", "h", "Annealing-KD + SWA"),
     "continuation_kd_swa": ("#009E73", "h", "Continuation-KD + SWA"),
     "progressive_kd_swa": ("#882255", "h", "Pro-KD + SWA"),
@@ -63,35 +63,35 @@ _METHODS |= {
 _METHODS |= {
     "continuation_no_margin": ("#E69F00", "v", "Continuation-KD, margin 0"),
     "continuation_printed": ("#332288", "s", "Continuation-KD, as printed"),
-    "trail_detour":     ("#56B4E9", "D", "trail by a detour"),
-    "trail_reversed":   ("#D55E00", "v", "trail reversed"),
-    "trail_shuffled":   ("#E69F00", "s", "trail shuffled"),
-    "trail_mean":       ("#009E73", "D", "mean of the trail"),
-    "best_checkpoint":  ("#332288", "^", "best single checkpoint"),
-    "soft_labels":      ("#CC79A7", "s", "soft targets, then labels"),
-    "hidden_kd":        ("#E69F00", "^", "hidden states"),
-    "universal_cg":     ("#882255", "P", "Universal-KD, capacity gap"),
+    "trail_detour": ("#56B4E9", "D", "trail by a detour"),
+    "trail_reversed": ("#D55E00", "v", "trail reversed"),
+    "trail_shuffled": ("#E69F00", "s", "trail shuffled"),
+    "trail_mean": ("#009E73", "D", "mean of the trail"),
+    "best_checkpoint": ("#332288", "^", "best single checkpoint"),
+    "soft_labels": ("#CC79A7", "s", "soft targets, then labels"),
+    "hidden_kd": ("#E69F00", "^", "hidden states"),
+    "universal_cg": ("#882255", "P", "Universal-KD, capacity gap"),
     "universal_losses": ("#D55E00", "P", "Universal-KD, losses mixed"),
     "universal_detached": ("#332288", "P", "Universal-KD, detached"),
-    "weight_25":        ("#56B4E9", "v", "teacher's weight 0.25"),
-    "weight_50":        ("#0072B2", "s", "teacher's weight 0.5"),
-    "weight_75":        ("#56B4E9", "^", "teacher's weight 0.75"),
-    "weight_linear":    ("#0072B2", "X", "weight from 1 to 0"),
-    "weight_truth":     ("#009E73", "X", "weight by teacher's truth"),
+    "weight_25": ("#56B4E9", "v", "teacher's weight 0.25"),
+    "weight_50": ("#0072B2", "s", "teacher's weight 0.5"),
+    "weight_75": ("#56B4E9", "^", "teacher's weight 0.75"),
+    "weight_linear": ("#0072B2", "X", "weight from 1 to 0"),
+    "weight_truth": ("#009E73", "X", "weight by teacher's truth"),
     "weight_confidence": ("#E69F00", "X", "weight by its certainty"),
-    "nine_tenths":      ("#0072B2", "D", "weight 0.5 on nine tenths"),
-    "reweighted_both":  ("#882255", "X", "RW-KD, both losses held out"),
+    "nine_tenths": ("#0072B2", "D", "weight 0.5 on nine tenths"),
+    "reweighted_both": ("#882255", "X", "RW-KD, both losses held out"),
 }
 
 # %% ../nbs/plots.ipynb #637e1944
 _METHODS |= {
-    "glitter_random":   ("#56B4E9", "*", "2 variants at random"),
-    "glitter_all":      ("#CC79A7", "*", "all 8 variants"),
-    "hinton_as_long":   ("#56B4E9", "X", "plain KD, same time"),
+    "glitter_random": ("#56B4E9", "*", "2 variants at random"),
+    "glitter_all": ("#CC79A7", "*", "all 8 variants"),
+    "hinton_as_long": ("#56B4E9", "X", "plain KD, same time"),
     "glitter_random_as_long": ("#0072B2", "*", "2 at random, same time"),
     "glitter_all_as_long": ("#882255", "*", "all 8, same time"),
-    "mate_kd":          ("#009E73", "p", "MATE-KD"),
-    "combined_still":   ("#747474", "p", "Combined-KD, generator at rest"),
+    "mate_kd": ("#009E73", "p", "MATE-KD"),
+    "combined_still": ("#747474", "p", "Combined-KD, generator at rest"),
     "annealing_as_long": ("#D55E00", "^", "Annealing-KD, same time"),
 }
 METHOD_COLORS = {key: color for key, (color, _, _) in _METHODS.items()}
@@ -99,141 +99,256 @@ METHOD_MARKERS = {key: marker for key, (_, marker, _) in _METHODS.items()}
 METHOD_LABELS = {key: label for key, (_, _, label) in _METHODS.items()}
 
 # %% ../nbs/plots.ipynb #6e2c02fd
-_FALLBACK = ("#44AA99", "#999933", "#AA4499", "#6699CC", "#661100") # from Paul Tol's sets too, less what the table uses
+_FALLBACK = (
+    "#44AA99",
+    "#999933",
+    "#AA4499",
+    "#6699CC",
+    "#661100",
+)  # from Paul Tol's sets too, less what the table uses
+
 
 def method_style(
-    name:str, # a key of `METHOD_COLORS`, or any other text
-)->dict: # `color`, `marker` and `label`, ready for `ax.plot(..., **method_style(name))`
+    name: str,  # a key of `METHOD_COLORS`, or any other text
+) -> (
+    dict
+):  # `color`, `marker` and `label`, ready for `ax.plot(..., **method_style(name))`
     "The colour, marker and printed name of a method; an unknown name gets a fixed colour picked by its checksum."
-    if name in _METHODS: return dict(zip(("color", "marker", "label"), _METHODS[name]))
+    if name in _METHODS:
+        return dict(zip(("color", "marker", "label"), _METHODS[name]))
     pick = zlib.crc32(str(name).encode())
     return dict(color=_FALLBACK[pick % len(_FALLBACK)], marker="o", label=str(name))
 
 # %% ../nbs/plots.ipynb #847ad58c
 BOOK_STYLE = {
-    "figure.figsize": (6, 4), "figure.dpi": 110, "savefig.dpi": 110,
-    "figure.facecolor": "white", "axes.facecolor": "white", "savefig.facecolor": "white",
+    "figure.figsize": (6, 4),
+    "figure.dpi": 110,
+    "savefig.dpi": 110,
+    "figure.facecolor": "white",
+    "axes.facecolor": "white",
+    "savefig.facecolor": "white",
     "figure.constrained_layout.use": True,
-    "font.size": 11, "axes.titlesize": 12, "axes.labelsize": 11, "xtick.labelsize": 10, "ytick.labelsize": 10,
-    "legend.fontsize": 10, "legend.frameon": False, "axes.titlelocation": "left",
-    "axes.spines.top": False, "axes.spines.right": False, "axes.edgecolor": "#555555", "axes.linewidth": 0.8,
-    "text.color": "#222222", "axes.labelcolor": "#222222", "xtick.color": "#444444", "ytick.color": "#444444",
-    "axes.grid": True, "grid.color": "#E4E4E4", "grid.linewidth": 0.8, "axes.axisbelow": True,
-    "lines.linewidth": 2.0, "lines.markersize": 6,
-    "axes.prop_cycle": mpl.cycler(color=["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#747474"]),
+    "font.size": 11,
+    "axes.titlesize": 12,
+    "axes.labelsize": 11,
+    "xtick.labelsize": 10,
+    "ytick.labelsize": 10,
+    "legend.fontsize": 10,
+    "legend.frameon": False,
+    "axes.titlelocation": "left",
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.edgecolor": "#555555",
+    "axes.linewidth": 0.8,
+    "text.color": "#222222",
+    "axes.labelcolor": "#222222",
+    "xtick.color": "#444444",
+    "ytick.color": "#444444",
+    "axes.grid": True,
+    "grid.color": "#E4E4E4",
+    "grid.linewidth": 0.8,
+    "axes.axisbelow": True,
+    "lines.linewidth": 2.0,
+    "lines.markersize": 6,
+    "axes.prop_cycle": mpl.cycler(
+        color=[
+            "#0072B2",
+            "#D55E00",
+            "#009E73",
+            "#CC79A7",
+            "#E69F00",
+            "#56B4E9",
+            "#747474",
+        ]
+    ),
 }
+
 
 class style:
     "Switches the book's matplotlib settings on at once; used as `with style():` it puts the former ones back at the end."
+
     def __init__(self):
         self.before = {key: mpl.rcParams[key] for key in BOOK_STYLE}
         mpl.rcParams.update(BOOK_STYLE)
-    def __enter__(self): return self
-    def __exit__(self, *error): mpl.rcParams.update(self.before)
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *error):
+        mpl.rcParams.update(self.before)
 
 # %% ../nbs/plots.ipynb #a1ce982a
-_VISION = { # Machado et al. 2009, severity 1, on linear RGB
+_VISION = {  # Machado et al. 2009, severity 1, on linear RGB
     "normal": np.eye(3),
-    "protanopia": np.array([[.152286, 1.052583, -.204868], [.114503, .786281, .099216], [-.003882, -.048116, 1.051998]]),
-    "deuteranopia": np.array([[.367322, .860646, -.227968], [.280085, .672501, .047413], [-.011820, .042940, .968881]]),
-    "tritanopia": np.array([[1.255528, -.076749, -.178779], [-.078411, .930809, .147602], [.004733, .691367, .303900]]),
+    "protanopia": np.array(
+        [
+            [0.152286, 1.052583, -0.204868],
+            [0.114503, 0.786281, 0.099216],
+            [-0.003882, -0.048116, 1.051998],
+        ]
+    ),
+    "deuteranopia": np.array(
+        [
+            [0.367322, 0.860646, -0.227968],
+            [0.280085, 0.672501, 0.047413],
+            [-0.011820, 0.042940, 0.968881],
+        ]
+    ),
+    "tritanopia": np.array(
+        [
+            [1.255528, -0.076749, -0.178779],
+            [-0.078411, 0.930809, 0.147602],
+            [0.004733, 0.691367, 0.303900],
+        ]
+    ),
 }
-_TO_XYZ = np.array([[.4124, .3576, .1805], [.2126, .7152, .0722], [.0193, .1192, .9505]]) # sRGB, D65
+_TO_XYZ = np.array(
+    [[0.4124, 0.3576, 0.1805], [0.2126, 0.7152, 0.0722], [0.0193, 0.1192, 0.9505]]
+)  # sRGB, D65
+
 
 def _linear(color):
     rgb = np.array(to_rgb(color))
-    return np.where(rgb <= .04045, rgb/12.92, ((rgb + .055)/1.055)**2.4)
+    return np.where(rgb <= 0.04045, rgb / 12.92, ((rgb + 0.055) / 1.055) ** 2.4)
+
 
 def _lab(linear):
     xyz = _TO_XYZ @ linear / (_TO_XYZ @ np.ones(3))
-    f = np.where(xyz > (6/29)**3, np.cbrt(xyz), xyz/(3*(6/29)**2) + 4/29)
-    return np.array([116*f[1] - 16, 500*(f[0] - f[1]), 200*(f[1] - f[2])])
+    f = np.where(xyz > (6 / 29) ** 3, np.cbrt(xyz), xyz / (3 * (6 / 29) ** 2) + 4 / 29)
+    return np.array([116 * f[1] - 16, 500 * (f[0] - f[1]), 200 * (f[1] - f[2])])
 
 # %% ../nbs/plots.ipynb #842123b9
 def color_distance(
-    a, # any matplotlib colour
-    b, # any matplotlib colour
-    vision:str="normal", # or "protanopia", "deuteranopia", "tritanopia"
-)->float: # CIELAB distance, 0 to about 100 (black to white)
+    a,  # any matplotlib colour
+    b,  # any matplotlib colour
+    vision: str = "normal",  # or "protanopia", "deuteranopia", "tritanopia"
+) -> float:  # CIELAB distance, 0 to about 100 (black to white)
     "How different two colours look to a person with this vision: CIE 1976 distance after Machado et al. 2009."
     seen = [_lab(np.clip(_VISION[vision] @ _linear(color), 0, 1)) for color in (a, b)]
     return float(np.linalg.norm(seen[0] - seen[1]))
 
 # %% ../nbs/plots.ipynb #1490ae2d
 def ink(
-    color, # any matplotlib colour
-)->str: # the same hue, dark enough for letters on white
+    color,  # any matplotlib colour
+) -> str:  # the same hue, dark enough for letters on white
     "A colour for text: darkened until its contrast with white is at least 4.5 (WCAG 2, level AA)."
     rgb = np.array(to_rgb(color))
-    while 1.05/(_TO_XYZ[1] @ _linear(rgb) + .05) < 4.5: rgb = rgb*.95
+    while 1.05 / (_TO_XYZ[1] @ _linear(rgb) + 0.05) < 4.5:
+        rgb = rgb * 0.95
     return to_hex(rgb)
 
 # %% ../nbs/plots.ipynb #81ce1f10
 def band_of(
-    runs, # (seeds, points) array or tensor
-    band:str="std", # "std": one standard deviation of the runs; "t95": 95 % t-interval of their mean
-)->tuple: # mean, lower edge, upper edge: each (points,)
+    runs,  # (seeds, points) array or tensor
+    band: str = "std",  # "std": one standard deviation of the runs; "t95": 95 % t-interval of their mean
+) -> tuple:  # mean, lower edge, upper edge: each (points,)
     "Mean over the seeds and the two edges of the band; a single seed has no band, so its edges are the line itself."
     runs = np.asarray(runs, dtype=float)
-    if runs.ndim != 2: raise ValueError(f"runs must be (seeds, points), got the shape {runs.shape}")
-    if band not in ("std", "t95"): raise ValueError(f"band must be 'std' or 't95', got {band!r}")
+    if runs.ndim != 2:
+        raise ValueError(f"runs must be (seeds, points), got the shape {runs.shape}")
+    if band not in ("std", "t95"):
+        raise ValueError(f"band must be 'std' or 't95', got {band!r}")
     n, mean = len(runs), runs.mean(0)
-    if n == 1: return mean, mean, mean
+    if n == 1:
+        return mean, mean, mean
     half = runs.std(0, ddof=1)
     if band == "t95":
         from scipy.stats import t
-        half = half * t.ppf(.975, n - 1) / n**.5
+
+        half = half * t.ppf(0.975, n - 1) / n**0.5
     return mean, mean - half, mean + half
 
 # %% ../nbs/plots.ipynb #de857b57
 def curve_with_band(
-    ax:Axes, # where to draw
-    x, # (points,)
-    runs, # (seeds, points): one row per seed
-    label:str="", # a method's key ("annealing_kd") or any text; written at the right end of the line
-    color=None, # None takes the method's own
-    band:str="std", # or "t95", see `band_of`
-    offset:float=0., # moves the written name up, in points, where two names would touch
-    **line, # passed to `ax.plot`: `linestyle="--"`, `markevery=5`, ...
-)->tuple: # the line, the band and the written name
+    ax: Axes,  # where to draw
+    x,  # (points,)
+    runs,  # (seeds, points): one row per seed
+    label: str = "",  # a method's key ("annealing_kd") or any text; written at the right end of the line
+    color=None,  # None takes the method's own
+    band: str = "std",  # or "t95", see `band_of`
+    offset: float = 0.0,  # moves the written name up, in points, where two names would touch
+    **line,  # passed to `ax.plot`: `linestyle="--"`, `markevery=5`, ...
+) -> tuple:  # the line, the band and the written name
     "Draws the mean of several seeds as a line, their spread as a band, and the name at the line's end."
     name = method_style(label)
     color = color or name["color"]
     x = np.asarray(x, dtype=float)
     mean, low, high = band_of(runs, band)
-    drawn, = ax.plot(x, mean, color=color, **line)
-    shade = ax.fill_between(x, low, high, color=color, alpha=.18, linewidth=0)
-    text = ax.annotate(name["label"], (x[-1], mean[-1]), xytext=(6, offset), textcoords="offset points",
-                       va="center", color=ink(color), annotation_clip=False)
+    (drawn,) = ax.plot(x, mean, color=color, **line)
+    shade = ax.fill_between(x, low, high, color=color, alpha=0.18, linewidth=0)
+    text = ax.annotate(
+        name["label"],
+        (x[-1], mean[-1]),
+        xytext=(6, offset),
+        textcoords="offset points",
+        va="center",
+        color=ink(color),
+        annotation_clip=False,
+    )
     return drawn, shade, text
 
 # %% ../nbs/plots.ipynb #fc31ce76
 def interval_plot(
-    ax:Axes, # where to draw
-    names:Sequence[str], # rows from top to bottom: methods' keys or any text
-    centres, # (rows,)
-    lows, # (rows,) lower ends of the intervals
-    highs, # (rows,) upper ends
-    reference:float=0., # the value that means "no difference"
-    colors=None, # (rows,) colours; None takes the methods' own
-    fmt:str="{:+.3f}", # how the centre is written at the right-hand edge; "" writes nothing
-)->list: # (rows,) booleans: True where the interval leaves the reference out
+    ax: Axes,  # where to draw
+    names: Sequence[str],  # rows from top to bottom: methods' keys or any text
+    centres,  # (rows,)
+    lows,  # (rows,) lower ends of the intervals
+    highs,  # (rows,) upper ends
+    reference: float = 0.0,  # the value that means "no difference"
+    colors=None,  # (rows,) colours; None takes the methods' own
+    fmt: str = "{:+.3f}",  # how the centre is written at the right-hand edge; "" writes nothing
+) -> list:  # (rows,) booleans: True where the interval leaves the reference out
     "Draws one dot with its interval per row and greys the rows whose interval contains `reference`."
-    names, lows, highs = list(names), np.asarray(lows, dtype=float), np.asarray(highs, dtype=float)
+    names, lows, highs = (
+        list(names),
+        np.asarray(lows, dtype=float),
+        np.asarray(highs, dtype=float),
+    )
     sizes = len(names), len(centres), len(lows), len(highs)
-    if len(set(sizes)) > 1: raise ValueError("{} names, {} centres, {} lows, {} highs: give one of each per row".format(*sizes))
-    differs = [bool(low > reference or high < reference) for low, high in zip(lows, highs)]
+    if len(set(sizes)) > 1:
+        raise ValueError(
+            "{} names, {} centres, {} lows, {} highs: give one of each per row".format(
+                *sizes
+            )
+        )
+    differs = [
+        bool(low > reference or high < reference) for low, high in zip(lows, highs)
+    ]
     ax.axvline(reference, color="#555555", linewidth=1, zorder=1)
     for row, name in enumerate(names):
         look = method_style(name)
-        color = (colors[row] if colors is not None else look["color"]) if differs[row] else "#8A8A8A"
-        ax.plot([lows[row], highs[row]], [row, row], color=color, linewidth=2.2, solid_capstyle="butt")
-        ax.plot(centres[row], row, look["marker"], color=color, markersize=8, markeredgewidth=1.6,
-                markerfacecolor=color if differs[row] else "white")
-        if fmt: ax.text(1.02, row, fmt.format(float(centres[row])).replace("-", "\N{MINUS SIGN}"),
-                        transform=ax.get_yaxis_transform(), va="center", color=ink(color))
+        color = (
+            (colors[row] if colors is not None else look["color"])
+            if differs[row]
+            else "#8A8A8A"
+        )
+        ax.plot(
+            [lows[row], highs[row]],
+            [row, row],
+            color=color,
+            linewidth=2.2,
+            solid_capstyle="butt",
+        )
+        ax.plot(
+            centres[row],
+            row,
+            look["marker"],
+            color=color,
+            markersize=8,
+            markeredgewidth=1.6,
+            markerfacecolor=color if differs[row] else "white",
+        )
+        if fmt:
+            ax.text(
+                1.02,
+                row,
+                fmt.format(float(centres[row])).replace("-", "\N{MINUS SIGN}"),
+                transform=ax.get_yaxis_transform(),
+                va="center",
+                color=ink(color),
+            )
     ax.set_yticks(range(len(names)), [method_style(name)["label"] for name in names])
-    ax.set_ylim(len(names) - .5, -.5)
+    ax.set_ylim(len(names) - 0.5, -0.5)
     ax.xaxis.set_major_locator(MaxNLocator(5))
     ax.grid(False, axis="y")
     return differs
@@ -241,99 +356,149 @@ def interval_plot(
 # %% ../nbs/plots.ipynb #3fa0a37a
 DIVERGING = {"negative": "#D55E00", "neutral": "#9A9A9A", "positive": "#0072B2"}
 
+
 def diverging_colors(
-    n:int, # number of ordered classes, from the most negative to the most positive
-)->list: # n hex colours
+    n: int,  # number of ordered classes, from the most negative to the most positive
+) -> list:  # n hex colours
     "Colours for `n` ordered classes, from `DIVERGING`'s negative through its neutral to its positive."
     ramp = LinearSegmentedColormap.from_list("kdbook", list(DIVERGING.values()))
-    return [to_hex(ramp(place)) for place in (np.linspace(0, 1, n) if n > 1 else [.5])]
+    return [to_hex(ramp(place)) for place in (np.linspace(0, 1, n) if n > 1 else [0.5])]
 
 # %% ../nbs/plots.ipynb #e2d47775
 def bar_histogram(
-    ax:Axes, # where to draw
-    probs, # (classes,) shares that sum to 1, or (sources, classes) to draw several side by side
-    class_names:Sequence[str]=("negative", "neutral", "positive"), # one per class, in order
-    sources:Sequence[str]=(), # one per row of `probs`; the first is drawn solid, the others lighter
-    colors=None, # (classes,); None takes `diverging_colors`
-    fmt:str="{:.0%}", # how a share is written above its bar; "" writes nothing
-    top:float=1., # the share at the upper edge: leave it at 1 where pictures are compared
-)->list: # the bars, one list per source
+    ax: Axes,  # where to draw
+    probs,  # (classes,) shares that sum to 1, or (sources, classes) to draw several side by side
+    class_names: Sequence[str] = (
+        "negative",
+        "neutral",
+        "positive",
+    ),  # one per class, in order
+    sources: Sequence[
+        str
+    ] = (),  # one per row of `probs`; the first is drawn solid, the others lighter
+    colors=None,  # (classes,); None takes `diverging_colors`
+    fmt: str = "{:.0%}",  # how a share is written above its bar; "" writes nothing
+    top: float = 1.0,  # the share at the upper edge: leave it at 1 where pictures are compared
+) -> list:  # the bars, one list per source
     "Draws shares per class as bars, with the value above each bar and each source's name on its tallest bar."
     probs = np.atleast_2d(np.asarray(probs, dtype=float))
     rows, classes = probs.shape
-    if classes != len(class_names): raise ValueError(f"{classes} shares per row but {len(class_names)} class names")
-    if sources and len(sources) != rows: raise ValueError(f"{rows} rows of shares but {len(sources)} sources")
-    colors, width, bars = colors or diverging_colors(classes), .8/rows, []
+    if classes != len(class_names):
+        raise ValueError(f"{classes} shares per row but {len(class_names)} class names")
+    if sources and len(sources) != rows:
+        raise ValueError(f"{rows} rows of shares but {len(sources)} sources")
+    colors, width, bars = colors or diverging_colors(classes), 0.8 / rows, []
     for k, row in enumerate(probs):
-        at = np.arange(len(row)) - .4 + (k + .5)*width
-        faces = [(*to_rgb(c), 1 if k == 0 else .3) for c in colors]
-        bars.append(list(ax.bar(at, row, width*.94, color=faces, edgecolor=colors, linewidth=1.4)))
+        at = np.arange(len(row)) - 0.4 + (k + 0.5) * width
+        faces = [(*to_rgb(c), 1 if k == 0 else 0.3) for c in colors]
+        bars.append(
+            list(
+                ax.bar(
+                    at, row, width * 0.94, color=faces, edgecolor=colors, linewidth=1.4
+                )
+            )
+        )
         for c, (place, share) in enumerate(zip(at, row)):
             said = [sources[k]] if sources and c == int(row.argmax()) else []
             said += [fmt.format(share)] if fmt else []
-            ax.annotate("\n".join(said), (place, share), xytext=(0, 3), textcoords="offset points",
-                        ha="center", va="bottom", fontsize=9, color=ink(colors[c]))
+            ax.annotate(
+                "\n".join(said),
+                (place, share),
+                xytext=(0, 3),
+                textcoords="offset points",
+                ha="center",
+                va="bottom",
+                fontsize=9,
+                color=ink(colors[c]),
+            )
     ax.set_xticks(range(classes), class_names)
-    ax.set(ylim=(0, 1.08*top), yticks=[])
+    ax.set(ylim=(0, 1.08 * top), yticks=[])
     ax.spines["left"].set_visible(False)
     ax.grid(False)
     return bars
 
 # %% ../nbs/plots.ipynb #238a673a
 def soft_targets_bars(
-    ax:Axes, # where to draw
-    logits, # (classes,) raw scores
-    temperature:float=1., # > 0; 1 leaves the logits as they are
-    class_names:Sequence[str]=(), # one per class; empty numbers them from 0
-    color=None, # one colour, or one per class; None is plain KD's blue
-)->np.ndarray: # (classes,) the probabilities drawn
+    ax: Axes,  # where to draw
+    logits,  # (classes,) raw scores
+    temperature: float = 1.0,  # > 0; 1 leaves the logits as they are
+    class_names: Sequence[str] = (),  # one per class; empty numbers them from 0
+    color=None,  # one colour, or one per class; None is plain KD's blue
+) -> np.ndarray:  # (classes,) the probabilities drawn
     "Draws softmax(logits / temperature) as bars, with each probability written above (Hinton et al. 2015, eq. 1)."
-    if temperature <= 0: raise ValueError(f"temperature must be > 0, got {temperature}")
-    scaled = np.asarray(logits, dtype=float)/temperature
+    if temperature <= 0:
+        raise ValueError(f"temperature must be > 0, got {temperature}")
+    scaled = np.asarray(logits, dtype=float) / temperature
     probs = np.exp(scaled - scaled.max())
-    probs = probs/probs.sum()
-    bars = ax.bar(range(len(probs)), probs, .7, color=color or METHOD_COLORS["logit_mse"])
+    probs = probs / probs.sum()
+    bars = ax.bar(
+        range(len(probs)), probs, 0.7, color=color or METHOD_COLORS["logit_mse"]
+    )
     ax.bar_label(bars, [f"{p:.2f}" for p in probs], padding=3, fontsize=10)
     ax.set_xticks(range(len(probs)), class_names or range(len(probs)))
-    ax.set(ylim=(0, 1.08), yticks=[0, .25, .5, .75, 1], ylabel="probability")
+    ax.set(ylim=(0, 1.08), yticks=[0, 0.25, 0.5, 0.75, 1], ylabel="probability")
     ax.grid(False, axis="x")
     return probs
 
 # %% ../nbs/plots.ipynb #90239fd6
 def reliability_bars(
-    ax:Axes, # where to draw
-    bins, # (bins, 3): rows, confidence and accuracy of each, as `evaluation.reliability` gives them
-    least:int=20, # bins with fewer rows are left out
-    color=None, # of the bars; None is plain KD's
-)->int: # bars drawn
+    ax: Axes,  # where to draw
+    bins,  # (bins, 3): rows, confidence and accuracy of each, as `evaluation.reliability` gives them
+    least: int = 20,  # bins with fewer rows are left out
+    color=None,  # of the bars; None is plain KD's
+) -> int:  # bars drawn
     "Draws accuracy by confidence, with the diagonal of a calibrated model."
     bins = np.asarray(bins, dtype=float)
-    if bins.ndim != 2 or bins.shape[1] != 3: raise ValueError(f"bins must be (bins, 3): rows, confidence, accuracy; got {bins.shape}")
+    if bins.ndim != 2 or bins.shape[1] != 3:
+        raise ValueError(
+            f"bins must be (bins, 3): rows, confidence, accuracy; got {bins.shape}"
+        )
     edges, full = np.arange(len(bins)) / len(bins), bins[:, 0] >= least
-    ax.bar(edges[full] + .5 / len(bins), bins[full, 2], .9 / len(bins), color=color or METHOD_COLORS["hinton"])
+    ax.bar(
+        edges[full] + 0.5 / len(bins),
+        bins[full, 2],
+        0.9 / len(bins),
+        color=color or METHOD_COLORS["hinton"],
+    )
     ax.plot([0, 1], [0, 1], "--", color="#555555", linewidth=1.4)
     ax.set(xlim=(0, 1), ylim=(0, 1), xlabel="confidence", ylabel="accuracy")
     return int(full.sum())
 
 # %% ../nbs/plots.ipynb #3d1295f2
 def schedule_steps(
-    ax:Axes, # where to draw
-    values, # (epochs,) one value per epoch; NaN leaves an epoch out
-    label:str="", # a method's key or any text; written at the right end
-    color=None, # None takes the method's own
-    stages:Sequence[int]=(), # epochs per stage, e.g. (14, 6): a dotted line is drawn between stages
-    **line, # passed to `ax.stairs`
-)->mpl.artist.Artist: # the steps
+    ax: Axes,  # where to draw
+    values,  # (epochs,) one value per epoch; NaN leaves an epoch out
+    label: str = "",  # a method's key or any text; written at the right end
+    color=None,  # None takes the method's own
+    stages: Sequence[
+        int
+    ] = (),  # epochs per stage, e.g. (14, 6): a dotted line is drawn between stages
+    **line,  # passed to `ax.stairs`
+) -> mpl.artist.Artist:  # the steps
     "Draws one flat step per epoch; epoch 1 reaches from 0.5 to 1.5."
     values = np.asarray(values, dtype=float)
     name = method_style(label)
     color = color or name["color"]
-    steps = ax.stairs(values, np.arange(len(values) + 1) + .5, baseline=None, color=color, **{"linewidth": 2.2, **line})
-    for end in np.cumsum(stages)[:-1]: ax.axvline(end + .5, color="#777777", linewidth=1, linestyle=":")
+    steps = ax.stairs(
+        values,
+        np.arange(len(values) + 1) + 0.5,
+        baseline=None,
+        color=color,
+        **{"linewidth": 2.2, **line},
+    )
+    for end in np.cumsum(stages)[:-1]:
+        ax.axvline(end + 0.5, color="#777777", linewidth=1, linestyle=":")
     if label:
         last = int(np.flatnonzero(~np.isnan(values))[-1])
-        ax.annotate(name["label"], (last + 1.5, values[last]), xytext=(6, 0), textcoords="offset points",
-                    va="center", color=ink(color), annotation_clip=False)
+        ax.annotate(
+            name["label"],
+            (last + 1.5, values[last]),
+            xytext=(6, 0),
+            textcoords="offset points",
+            va="center",
+            color=ink(color),
+            annotation_clip=False,
+        )
     ax.xaxis.set_major_locator(MaxNLocator(integer=True))
     ax.set_xlabel("epoch")
     return steps

@@ -8,10 +8,15 @@ __all__ = ['Trail', 'annotate_trail', 'departure', 'footsteps', 'trail_target', 
 # %% ../nbs/progressive_kd.ipynb #fa1ceb15
 from pathlib import Path
 from typing import Any, Literal
+
 import torch
 from torch import Tensor, nn
+
 from .annealing_kd import phi
-from .distillation import annotate, forward, logit_mse, save_tensors, soft_target_loss, with_column
+from .distillation import annotate
+from .files import save_tensors
+from .losses import logit_mse, soft_target_loss
+from .rows import forward, with_column
 from .training import Callback, CrossEntropy, Loss, Progress, Recipe, Run, Stage
 
 # %% ../nbs/progressive_kd.ipynb #e7813554
@@ -19,94 +24,150 @@ class Trail(Callback):
     """Keeps a model's weights along its training, as safetensors files: as a callback of `fit`, or by calling `keep` in any loop.
 
     Raises `ValueError` for steps that do not rise from 1 up, and for none."""
-    def __init__(self,
-        steps:tuple[int,...], # updates after which to keep them, rising
-        folder:str|Path, # where; made when needed
+
+    def __init__(
+        self,
+        steps: tuple[int, ...],  # updates after which to keep them, rising
+        folder: str | Path,  # where; made when needed
     ):
         self.steps, self.folder = tuple(steps), Path(folder)
-        if not self.steps or self.steps[0] < 1 or list(self.steps) != sorted(set(self.steps)):
-            raise ValueError(f"the steps of a trail must rise from 1 up, got {self.steps}")
+        if (
+            not self.steps
+            or self.steps[0] < 1
+            or list(self.steps) != sorted(set(self.steps))
+        ):
+            raise ValueError(
+                f"the steps of a trail must rise from 1 up, got {self.steps}"
+            )
 
-    def path(self, step:int)->Path:
+    def path(self, step: int) -> Path:
         "The file of the weights after `step` updates."
         return self.folder / f"step-{step:05d}.safetensors"
 
-    def keep(self, model:nn.Module, step:int)->None:
+    def keep(self, model: nn.Module, step: int) -> None:
         "Write the weights of `model` if `step` is one of the trail's."
-        if step in self.steps: save_tensors({k: v.detach().cpu().contiguous() for k, v in model.state_dict().items()}, self.path(step))
+        if step in self.steps:
+            save_tensors(
+                {
+                    k: v.detach().cpu().contiguous()
+                    for k, v in model.state_dict().items()
+                },
+                self.path(step),
+            )
 
-    def load(self, model:nn.Module, step:int|None=None)->nn.Module:
+    def load(self, model: nn.Module, step: int | None = None) -> nn.Module:
         "The model with the weights after `step` updates, by default the last. Raises `FileNotFoundError` where they are not there."
         from safetensors.torch import load_file
+
         path = self.path(step or self.steps[-1])
         if not path.exists():
-            raise FileNotFoundError(f"the trail has no weights after {step or self.steps[-1]} updates ({path}): train the teacher with it "
-                                    f"first, for at least {self.steps[-1]} updates")
+            raise FileNotFoundError(
+                f"the trail has no weights after {step or self.steps[-1]} updates ({path}): train the teacher with it "
+                f"first, for at least {self.steps[-1]} updates"
+            )
         model.load_state_dict(load_file(path))
         return model
 
-    def after_step(self, run:Run, progress:Progress)->None:
+    def after_step(self, run: Run, progress: Progress) -> None:
         "Called by `fit` after each update."
         self.keep(run.student, progress.step)
 
 # %% ../nbs/progressive_kd.ipynb #475a2589
 def annotate_trail(
-    dataset:"datasets.Dataset", # rows with text, tokens or pixels
-    model:nn.Module, # of the trail's architecture; its own weights are put back at the end
-    trail:Trail, # whose files are all there
-    **settings:Any, # passed on to `annotate`: batch_size, tokenizer, max_length, cache, progress
-)->"datasets.Dataset": # with `teacher_trail` (checkpoints, num_labels) and `teacher_logits`, the last of it
+    dataset: "datasets.Dataset",  # rows with text, tokens or pixels
+    model: nn.Module,  # of the trail's architecture; its own weights are put back at the end
+    trail: Trail,  # whose files are all there
+    **settings: Any,  # passed on to `annotate`: batch_size, tokenizer, max_length, cache, progress
+) -> "datasets.Dataset":  # with `teacher_trail` (checkpoints, num_labels) and `teacher_logits`, the last of it
     """What every checkpoint of a trail says about every row.
 
     Raises `FileNotFoundError` naming a checkpoint that is not there, and `RuntimeError` for a model of another architecture."""
     own, logits = {k: v.clone() for k, v in model.state_dict().items()}, []
     try:
-        for step in trail.steps: logits.append(torch.tensor(annotate(dataset, trail.load(model, step), **settings)["teacher_logits"]))
-    finally: model.load_state_dict(own)
-    return with_column(with_column(dataset, "teacher_trail", torch.stack(logits, 1)), "teacher_logits", logits[-1])
+        for step in trail.steps:
+            logits.append(
+                torch.tensor(
+                    annotate(dataset, trail.load(model, step), **settings)[
+                        "teacher_logits"
+                    ]
+                )
+            )
+    finally:
+        model.load_state_dict(own)
+    return with_column(
+        with_column(dataset, "teacher_trail", torch.stack(logits, 1)),
+        "teacher_logits",
+        logits[-1],
+    )
 
 # %% ../nbs/progressive_kd.ipynb #63260b2c
 def departure(
-    trail:Tensor, # (rows, checkpoints, num_labels): a `teacher_trail` column
-)->tuple[Tensor,Tensor]: # (checkpoints,) each: 1 - cosine to the last checkpoint, in [0, 2]; the scale that fits best
+    trail: Tensor,  # (rows, checkpoints, num_labels): a `teacher_trail` column
+) -> tuple[
+    Tensor, Tensor
+]:  # (checkpoints,) each: 1 - cosine to the last checkpoint, in [0, 2]; the scale that fits best
     "How far each checkpoint is from a scaled copy of the last one. Raises `ValueError` for fewer than two checkpoints, and for another shape."
-    if trail.ndim != 3 or trail.shape[1] < 2: raise ValueError(f"a trail is (rows, checkpoints >= 2, num_labels), got {tuple(trail.shape)}")
+    if trail.ndim != 3 or trail.shape[1] < 2:
+        raise ValueError(
+            f"a trail is (rows, checkpoints >= 2, num_labels), got {tuple(trail.shape)}"
+        )
     flat = trail.double().transpose(0, 1).flatten(1)
     dot, norm = flat @ flat[-1], flat.norm(dim=1).clamp(min=1e-30)
     return (1 - dot / (norm * norm[-1])).clamp(0, 2), dot / norm[-1] ** 2
 
 # %% ../nbs/progressive_kd.ipynb #efb427d3
 def footsteps(
-    checkpoints:int, # of the trail, at least 2
-    path:Literal["forward","reversed","shuffled","detour"]|int="forward", # the order, or the one checkpoint to stay with, counted from 1
-)->list[int]: # places in the trail, in the order in which they are followed
+    checkpoints: int,  # of the trail, at least 2
+    path: Literal["forward", "reversed", "shuffled", "detour"]
+    | int = "forward",  # the order, or the one checkpoint to stay with, counted from 1
+) -> list[int]:  # places in the trail, in the order in which they are followed
     """The checkpoints that a student follows, each for an equal part of the stage.
 
     "shuffled" is one fixed order; "detour" is reversed, but with the finished teacher at its end.
 
     Raises `ValueError` for a single checkpoint, an unknown path, and a number that is not one of the trail's."""
     if checkpoints < 2:
-        raise ValueError(f"a trail needs at least 2 checkpoints to be followed, got {checkpoints}: with one teacher use LogitMSE")
+        raise ValueError(
+            f"a trail needs at least 2 checkpoints to be followed, got {checkpoints}: with one teacher use LogitMSE"
+        )
     if isinstance(path, int):
-        if not 1 <= path <= checkpoints: raise ValueError(f"path={path}, but the trail has checkpoints 1 to {checkpoints}")
+        if not 1 <= path <= checkpoints:
+            raise ValueError(
+                f"path={path}, but the trail has checkpoints 1 to {checkpoints}"
+            )
         return [path - 1]
     order = list(range(checkpoints))
-    if path == "reversed": return order[::-1]
-    if path == "detour": return [*order[-2::-1], order[-1]]
-    if path == "shuffled": return torch.randperm(checkpoints, generator=torch.Generator().manual_seed(0)).tolist()
-    if path != "forward": raise ValueError(f'path must be "forward", "reversed", "shuffled", "detour" or the number of a checkpoint, got {path!r}')
+    if path == "reversed":
+        return order[::-1]
+    if path == "detour":
+        return [*order[-2::-1], order[-1]]
+    if path == "shuffled":
+        return torch.randperm(
+            checkpoints, generator=torch.Generator().manual_seed(0)
+        ).tolist()
+    if path != "forward":
+        raise ValueError(
+            f'path must be "forward", "reversed", "shuffled", "detour" or the number of a checkpoint, got {path!r}'
+        )
     return order
 
 # %% ../nbs/progressive_kd.ipynb #49eccee8
 def trail_target(
-    trail:Tensor, # (batch, checkpoints, num_labels)
-    t:float, # in [0, 1]: the share of the stage that is done
-    path:Literal["forward","reversed","shuffled","detour","mean"]|int="forward", # as in `footsteps`; "mean" stays with the trail's mean
-    annealed:bool=False, # scale the k-th of n targets by k/n
-)->tuple[Tensor,float]: # (batch, num_labels) the target, and the number of the checkpoint, from 1; NaN for the mean
+    trail: Tensor,  # (batch, checkpoints, num_labels)
+    t: float,  # in [0, 1]: the share of the stage that is done
+    path: Literal["forward", "reversed", "shuffled", "detour", "mean"]
+    | int = "forward",  # as in `footsteps`; "mean" stays with the trail's mean
+    annealed: bool = False,  # scale the k-th of n targets by k/n
+) -> tuple[
+    Tensor, float
+]:  # (batch, num_labels) the target, and the number of the checkpoint, from 1; NaN for the mean
     "The logits to follow now: each checkpoint has an equal part of the stage. Raises `ValueError` for another shape, and as `footsteps` does."
-    if trail.ndim != 3: raise ValueError(f"teacher_trail must be (batch, checkpoints, num_labels), got {tuple(trail.shape)}")
-    if path == "mean": return trail.mean(1), float("nan")
+    if trail.ndim != 3:
+        raise ValueError(
+            f"teacher_trail must be (batch, checkpoints, num_labels), got {tuple(trail.shape)}"
+        )
+    if path == "mean":
+        return trail.mean(1), float("nan")
     order = footsteps(trail.shape[1], path)
     place = min(len(order) - 1, int(t * len(order)))
     scale = phi(len(order) - place, len(order)) if annealed else 1.0
@@ -115,44 +176,92 @@ def trail_target(
 # %% ../nbs/progressive_kd.ipynb #dd707f97
 class ProgressiveKD:
     "Stage I: follow the checkpoints one after another. Raises `ValueError` for unknown choices and for trails that cannot be followed."
+
     requires, rows = ("teacher_trail",), "all"
-    def __init__(self,
-        phi:Literal["none","annealed"]="none", # scale of the k-th of n targets: 1, or k/n
-        loss:Literal["mse","kl"]="mse", # squared logits, mean over classes; or nats times temperature squared
-        path:Literal["forward","reversed","shuffled","detour","mean"]|int="forward", # as in `trail_target`
-        temperature:float=2.0, # > 0, of loss="kl"
+    made_by = {"teacher_trail": "annotate_trail(train, teacher, trail)"}
+
+    def __init__(
+        self,
+        phi: Literal[
+            "none", "annealed"
+        ] = "none",  # scale of the k-th of n targets: 1, or k/n
+        loss: Literal[
+            "mse", "kl"
+        ] = "mse",  # squared logits, mean over classes; or nats times temperature squared
+        path: Literal["forward", "reversed", "shuffled", "detour", "mean"]
+        | int = "forward",  # as in `trail_target`
+        temperature: float = 2.0,  # > 0, of loss="kl"
     ):
-        if phi not in ("none", "annealed"): raise ValueError(f'phi must be "none" or "annealed", got {phi!r}')
-        if loss not in ("mse", "kl"): raise ValueError(f'loss must be "mse" or "kl", got {loss!r}')
-        if path == "mean" and phi == "annealed": raise ValueError('path="mean" is one target: phi must be "none", got "annealed"')
-        if path != "mean": footsteps(max(2, path) if isinstance(path, int) else 2, path)
-        if temperature <= 0: raise ValueError(f"temperature must be > 0, got {temperature}")
+        if phi not in ("none", "annealed"):
+            raise ValueError(f'phi must be "none" or "annealed", got {phi!r}')
+        if loss not in ("mse", "kl"):
+            raise ValueError(f'loss must be "mse" or "kl", got {loss!r}')
+        if path == "mean" and phi == "annealed":
+            raise ValueError(
+                'path="mean" is one target: phi must be "none", got "annealed"'
+            )
+        if path != "mean":
+            footsteps(max(2, path) if isinstance(path, int) else 2, path)
+        if temperature <= 0:
+            raise ValueError(f"temperature must be > 0, got {temperature}")
         self.phi, self.loss, self.path, self.temperature = phi, loss, path, temperature
 
-    def check(self, stage:Stage, train:"datasets.Dataset", validation:"datasets.Dataset|None"=None)->None:
+    def check(
+        self,
+        stage: Stage,
+        train: "datasets.Dataset",
+        validation: "datasets.Dataset|None" = None,
+    ) -> None:
         "Called by `fit` before it starts: every row must have the same number of checkpoints, two or more."
         found = sorted({len(row) for row in train["teacher_trail"]})
         if len(found) > 1:
-            raise ValueError(f"all rows must have a trail of one length, got {found[0]} and {found[-1]} checkpoints: annotate them with one teacher")
+            raise ValueError(
+                f"all rows must have a trail of one length, got {found[0]} and {found[-1]} checkpoints: annotate them with one teacher"
+            )
         footsteps(found[0], "forward" if self.path == "mean" else self.path)
 
-    def __call__(self, student:nn.Module, batch:dict[str,Tensor], progress:Progress)->Loss:
+    def __call__(
+        self, student: nn.Module, batch: dict[str, Tensor], progress: Progress
+    ) -> Loss:
         "Distance to the present checkpoint."
-        target, number = trail_target(batch["teacher_trail"], progress.t, self.path, self.phi == "annealed")
+        target, number = trail_target(
+            batch["teacher_trail"], progress.t, self.path, self.phi == "annealed"
+        )
         logits = forward(student, batch)
-        total = soft_target_loss(logits, target, self.temperature) if self.loss == "kl" else logit_mse(logits, target)
+        total = (
+            soft_target_loss(logits, target, self.temperature)
+            if self.loss == "kl"
+            else logit_mse(logits, target)
+        )
         return Loss(total, {"checkpoint": number})
 
 # %% ../nbs/progressive_kd.ipynb #89aa4387
 def recipe(
-    phi:Literal["none","annealed"]="none", # scale of the targets along the trail
-    loss:Literal["mse","kl"]="mse", # distance to them
-    epochs:tuple[int,int]=(8, 4), # of stage I (the trail, no labels) and of stage II (labels only), each >= 1
-    lr:float=5e-4, # > 0, peak rate of both stages
-    batch_size:int=32, # rows per update
-    path:Literal["forward","reversed","shuffled","detour","mean"]|int="forward", # as in `trail_target`
-    label_validate_every:int=1, # epochs between validations in stage II
-)->Recipe: # for `fit`
+    phi: Literal["none", "annealed"] = "none",  # scale of the targets along the trail
+    loss: Literal["mse", "kl"] = "mse",  # distance to them
+    epochs: tuple[int, int] = (
+        8,
+        4,
+    ),  # of stage I (the trail, no labels) and of stage II (labels only), each >= 1
+    lr: float = 5e-4,  # > 0, peak rate of both stages
+    batch_size: int = 32,  # rows per update
+    path: Literal["forward", "reversed", "shuffled", "detour", "mean"]
+    | int = "forward",  # as in `trail_target`
+    label_validate_every: int = 1,  # epochs between validations in stage II
+) -> Recipe:  # for `fit`
     "Our reconstruction of Pro-KD: follow the trail under one optimiser, reload the best weights, then hard labels. Raises `ValueError` as `ProgressiveKD` does."
-    return Recipe((Stage(ProgressiveKD(phi, loss, path), epochs[0], lr, batch_size, name="trail"),
-                   Stage(CrossEntropy(), epochs[1], lr, batch_size, validate_every=label_validate_every, name="labels")))
+    return Recipe(
+        (
+            Stage(
+                ProgressiveKD(phi, loss, path), epochs[0], lr, batch_size, name="trail"
+            ),
+            Stage(
+                CrossEntropy(),
+                epochs[1],
+                lr,
+                batch_size,
+                validate_every=label_validate_every,
+                name="labels",
+            ),
+        )
+    )

@@ -10,119 +10,179 @@ __all__ = ['per_sample_losses', 'weights_of', 'weighted_loss', 'meta_gradient', 
 import math
 from contextlib import contextmanager
 from typing import Any, Iterator, Literal
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call, jvp
-from .distillation import INPUTS, Rows, encode, forward, logit_mse, logits_of, soft_target_loss, _pad_id
-from .training import Loss, Progress, Recipe, Stage, label_loss, mix_seed
+
+from .losses import label_loss, logit_mse, soft_target_loss
+from .rows import INPUTS, Rows, encode, forward, logits_of, pad_id_of
+from .training import Loss, Progress, Recipe, Stage, mix_seed
 
 # %% ../nbs/reweighted_kd.ipynb #ab9021ee
 def per_sample_losses(
-    student_logits:Tensor, # (batch, num_labels), or (batch, 1) for regression
-    teacher_logits:Tensor, # same shape; receives no gradient
-    labels:Tensor, # (batch,); -100 marks a row without a label
-    temperature:float=2.0, # > 0, of the teacher's loss
-)->Tensor: # (batch, 2): label loss and teacher loss of each row, in nats (squared errors for one output)
+    student_logits: Tensor,  # (batch, num_labels), or (batch, 1) for regression
+    teacher_logits: Tensor,  # same shape; receives no gradient
+    labels: Tensor,  # (batch,); -100 marks a row without a label
+    temperature: float = 2.0,  # > 0, of the teacher's loss
+) -> Tensor:  # (batch, 2): label loss and teacher loss of each row, in nats (squared errors for one output)
     "Both losses, row by row (our Eq. 1). Raises `ValueError` as `soft_target_loss` does."
-    if student_logits.shape[-1] == 1: follow = logit_mse(student_logits, teacher_logits, "none")
-    else: follow = soft_target_loss(student_logits, teacher_logits, temperature, "none")
+    if student_logits.shape[-1] == 1:
+        follow = logit_mse(student_logits, teacher_logits, "none")
+    else:
+        follow = soft_target_loss(student_logits, teacher_logits, temperature, "none")
     return torch.stack([label_loss(student_logits, labels, "none"), follow], -1)
 
 # %% ../nbs/reweighted_kd.ipynb #2511d013
 def weights_of(
-    alignment:Tensor, # (batch, 2): how well each loss's gradient agrees with the held-out one, label first
-    labels:Tensor|None=None, # (batch,); a row without a label (-100) has the teacher alone
-    floor:float=1e-8, # > 0: what a loss that does harm is counted as
-)->Tensor: # (batch,), in [0, 1]: weight of the teacher; the label has the rest
+    alignment: Tensor,  # (batch, 2): how well each loss's gradient agrees with the held-out one, label first
+    labels: Tensor
+    | None = None,  # (batch,); a row without a label (-100) has the teacher alone
+    floor: float = 1e-8,  # > 0: what a loss that does harm is counted as
+) -> Tensor:  # (batch,), in [0, 1]: weight of the teacher; the label has the rest
     "Clip below at `floor`, then normalise within the row (our Eq. 4). Raises `ValueError` for a `floor` that is not positive."
-    if floor <= 0: raise ValueError(f"floor must be > 0, got {floor}")
-    if alignment.ndim != 2 or alignment.shape[1] != 2: raise ValueError(f"alignment must be (batch, 2), label first, got {tuple(alignment.shape)}")
+    if floor <= 0:
+        raise ValueError(f"floor must be > 0, got {floor}")
+    if alignment.ndim != 2 or alignment.shape[1] != 2:
+        raise ValueError(
+            f"alignment must be (batch, 2), label first, got {tuple(alignment.shape)}"
+        )
     kept = alignment.detach().clamp(min=floor)
     weights = kept[:, 1] / kept.sum(1)
     return weights if labels is None else weights.masked_fill(labels == -100, 1.0)
 
 # %% ../nbs/reweighted_kd.ipynb #f549ef69
 def weighted_loss(
-    losses:Tensor, # (batch, 2), from `per_sample_losses`
-    weights:Tensor, # (batch,), in [0, 1]: of the teacher; receives no gradient
-)->Tensor: # scalar, mean over the rows
+    losses: Tensor,  # (batch, 2), from `per_sample_losses`
+    weights: Tensor,  # (batch,), in [0, 1]: of the teacher; receives no gradient
+) -> Tensor:  # scalar, mean over the rows
     "Each row's own mix of its two losses (our Eq. 5). Raises `ValueError` for shapes that do not fit."
-    if losses.shape != (*weights.shape, 2): raise ValueError(f"losses {tuple(losses.shape)} need weights ({len(losses)},), got {tuple(weights.shape)}")
+    if losses.shape != (*weights.shape, 2):
+        raise ValueError(
+            f"losses {tuple(losses.shape)} need weights ({len(losses)},), got {tuple(weights.shape)}"
+        )
     weights = weights.detach()
     return ((1 - weights) * losses[:, 0] + weights * losses[:, 1]).mean()
 
 # %% ../nbs/reweighted_kd.ipynb #009fd8a2
 @contextmanager
-def _same_masks(seed:int, device:torch.device)->Iterator[None]:
+def _same_masks(seed: int, device: torch.device) -> Iterator[None]:
     "Dropout inside the block is that of `seed`; outside, the generators stand where they stood."
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-        (torch.manual_seed if device.type == "cuda" else torch.default_generator.manual_seed)(seed)  # the former reseeds all GPUs
+        (
+            torch.manual_seed
+            if device.type == "cuda"
+            else torch.default_generator.manual_seed
+        )(seed)  # the former reseeds all GPUs
         yield
 
-def _trained(student:nn.Module)->dict[str,Tensor]: return {name: p for name, p in student.named_parameters() if p.requires_grad}
 
-def _losses_at(student:nn.Module, weights:dict[str,Tensor], batch:dict[str,Tensor], temperature:float, seed:int)->Tensor:
+def _trained(student: nn.Module) -> dict[str, Tensor]:
+    return {name: p for name, p in student.named_parameters() if p.requires_grad}
+
+
+def _losses_at(
+    student: nn.Module,
+    weights: dict[str, Tensor],
+    batch: dict[str, Tensor],
+    temperature: float,
+    seed: int,
+) -> Tensor:
     "`per_sample_losses` of the student with other weights; running statistics stay as they are."
     buffers = {name: b.clone() for name, b in student.named_buffers()}
     inputs = {name: batch[name] for name in INPUTS if name in batch}
     with _same_masks(seed, batch["labels"].device):
-        logits = logits_of(functional_call(student, {**weights, **buffers}, kwargs=inputs))
-    return per_sample_losses(logits, batch.get("teacher_logits", logits), batch["labels"], temperature)
+        logits = logits_of(
+            functional_call(student, {**weights, **buffers}, kwargs=inputs)
+        )
+    return per_sample_losses(
+        logits, batch.get("teacher_logits", logits), batch["labels"], temperature
+    )
 
 # %% ../nbs/reweighted_kd.ipynb #a4e42f30
 def meta_gradient(
-    student:nn.Module, # in the mode it trains in
-    meta_batch:dict[str,Tensor], # held-out inputs and labels; for meta_loss="both" teacher_logits too
-    meta_loss:Literal["labels","both"]="labels", # the label loss, or the sum of both losses
-    temperature:float=2.0, # > 0, of the teacher's loss
-    seed:int=0, # of the dropout masks
-)->dict[str,Tensor]: # by parameter, for those that are trained
+    student: nn.Module,  # in the mode it trains in
+    meta_batch: dict[
+        str, Tensor
+    ],  # held-out inputs and labels; for meta_loss="both" teacher_logits too
+    meta_loss: Literal[
+        "labels", "both"
+    ] = "labels",  # the label loss, or the sum of both losses
+    temperature: float = 2.0,  # > 0, of the teacher's loss
+    seed: int = 0,  # of the dropout masks
+) -> dict[str, Tensor]:  # by parameter, for those that are trained
     "Gradient of the held-out loss. Raises `ValueError` for another `meta_loss`, and for rows without labels."
     weights = _trained(student)
-    total = _held_out_loss(_losses_at(student, weights, meta_batch, temperature, seed), meta_batch, meta_loss)
+    total = _held_out_loss(
+        _losses_at(student, weights, meta_batch, temperature, seed),
+        meta_batch,
+        meta_loss,
+    )
     found = torch.autograd.grad(total, list(weights.values()), allow_unused=True)
     return {name: g for name, g in zip(weights, found) if g is not None}
 
-def _held_out_loss(losses:Tensor, meta_batch:dict[str,Tensor], meta_loss:str)->Tensor:
-    if meta_loss not in ("labels", "both"): raise ValueError(f'meta_loss must be "labels" or "both", got {meta_loss!r}')
-    if (meta_batch["labels"] == -100).any(): raise ValueError(f"every held-out row needs a label, but {int((meta_batch['labels'] == -100).sum())} have -100")
-    if meta_loss == "labels": return losses[:, 0].mean()
-    if "teacher_logits" not in meta_batch: raise ValueError(f'meta_loss="both" needs teacher_logits for the held-out rows too; they have {sorted(meta_batch)}')
+
+def _held_out_loss(
+    losses: Tensor, meta_batch: dict[str, Tensor], meta_loss: str
+) -> Tensor:
+    if meta_loss not in ("labels", "both"):
+        raise ValueError(f'meta_loss must be "labels" or "both", got {meta_loss!r}')
+    if (meta_batch["labels"] == -100).any():
+        raise ValueError(
+            f"every held-out row needs a label, but {int((meta_batch['labels'] == -100).sum())} have -100"
+        )
+    if meta_loss == "labels":
+        return losses[:, 0].mean()
+    if "teacher_logits" not in meta_batch:
+        raise ValueError(
+            f'meta_loss="both" needs teacher_logits for the held-out rows too; they have {sorted(meta_batch)}'
+        )
     return losses.sum(1).mean()
 
 # %% ../nbs/reweighted_kd.ipynb #7242920b
 def shifted_losses(
-    student:nn.Module, # in the mode it trains in
-    batch:dict[str,Tensor], # inputs, labels and teacher_logits
-    gradient:dict[str,Tensor], # from `meta_gradient`
-    step:float=1e-3, # how far to go, as a length in weight space; negative: the other way
-    temperature:float=2.0, # > 0, of the teacher's loss
-    seed:int=0, # of the dropout masks
-)->tuple[Tensor,Tensor]: # (batch, 2), the losses there; and the gradient's length
+    student: nn.Module,  # in the mode it trains in
+    batch: dict[str, Tensor],  # inputs, labels and teacher_logits
+    gradient: dict[str, Tensor],  # from `meta_gradient`
+    step: float = 1e-3,  # how far to go, as a length in weight space; negative: the other way
+    temperature: float = 2.0,  # > 0, of the teacher's loss
+    seed: int = 0,  # of the dropout masks
+) -> tuple[Tensor, Tensor]:  # (batch, 2), the losses there; and the gradient's length
     "The losses of the batch a small step up the held-out gradient: one forward pass without gradient."
     length = torch.stack([g.norm() for g in gradient.values()]).norm().clamp(min=1e-30)
     weights = dict(student.named_parameters())
     with torch.no_grad():
-        there = {name: weights[name] + g * (step / length) for name, g in gradient.items()}
+        there = {
+            name: weights[name] + g * (step / length) for name, g in gradient.items()
+        }
         return _losses_at(student, there, batch, temperature, seed), length
 
 # %% ../nbs/reweighted_kd.ipynb #5e71479c
 def alignment(
-    student:nn.Module, # in the mode it trains in
-    batch:dict[str,Tensor], # inputs, labels and teacher_logits
-    meta_batch:dict[str,Tensor], # held-out inputs and labels; for meta_loss="both" teacher_logits too
-    how:Literal["finite_difference","forward","double_backward"]="finite_difference", # the first works on any model
-    meta_loss:Literal["labels","both"]="labels", # as in `meta_gradient`
-    temperature:float=2.0, # > 0, of the teacher's loss
-    step:float=1e-3, # > 0, of the finite difference
-    seed:int=0, # of the dropout masks, the same in all passes over one batch
-)->Tensor: # (batch, 2): inner products of the held-out gradient with those of each row's label loss and teacher loss
+    student: nn.Module,  # in the mode it trains in
+    batch: dict[str, Tensor],  # inputs, labels and teacher_logits
+    meta_batch: dict[
+        str, Tensor
+    ],  # held-out inputs and labels; for meta_loss="both" teacher_logits too
+    how: Literal[
+        "finite_difference", "forward", "double_backward"
+    ] = "finite_difference",  # the first works on any model
+    meta_loss: Literal["labels", "both"] = "labels",  # as in `meta_gradient`
+    temperature: float = 2.0,  # > 0, of the teacher's loss
+    step: float = 1e-3,  # > 0, of the finite difference
+    seed: int = 0,  # of the dropout masks, the same in all passes over one batch
+) -> Tensor:  # (batch, 2): inner products of the held-out gradient with those of each row's label loss and teacher loss
     "How well each loss of each row agrees with the held-out set (our Eq. 3), in one of three ways. Raises `ValueError` for another `how`."
-    if how not in _WAYS: raise ValueError(f"how must be one of {tuple(_WAYS)}, got {how!r}")
-    if step <= 0: raise ValueError(f"step must be > 0, got {step}")
-    if "teacher_logits" not in batch: raise ValueError(f"the batch needs teacher_logits; it has {sorted(batch)}")
-    return _WAYS[how](student, batch, meta_batch, meta_loss, temperature, step, seed).detach()
+    if how not in _WAYS:
+        raise ValueError(f"how must be one of {tuple(_WAYS)}, got {how!r}")
+    if step <= 0:
+        raise ValueError(f"step must be > 0, got {step}")
+    if "teacher_logits" not in batch:
+        raise ValueError(f"the batch needs teacher_logits; it has {sorted(batch)}")
+    return _WAYS[how](
+        student, batch, meta_batch, meta_loss, temperature, step, seed
+    ).detach()
 
 # %% ../nbs/reweighted_kd.ipynb #c6e6b10b
 def _by_difference(student, batch, meta_batch, meta_loss, temperature, step, seed):
@@ -131,166 +191,329 @@ def _by_difference(student, batch, meta_batch, meta_loss, temperature, step, see
     behind, _ = shifted_losses(student, batch, gradient, -step, temperature, seed)
     return (ahead - behind) * (length / (2 * step))
 
+
 def _by_forward_mode(student, batch, meta_batch, meta_loss, temperature, step, seed):
-    gradient, weights = meta_gradient(student, meta_batch, meta_loss, temperature, seed + 1), _trained(student)
-    direction = {name: gradient.get(name, torch.zeros_like(w)) for name, w in weights.items()}
-    return jvp(lambda w: _losses_at(student, w, batch, temperature, seed), (weights,), (direction,))[1]
+    gradient, weights = (
+        meta_gradient(student, meta_batch, meta_loss, temperature, seed + 1),
+        _trained(student),
+    )
+    direction = {
+        name: gradient.get(name, torch.zeros_like(w)) for name, w in weights.items()
+    }
+    return jvp(
+        lambda w: _losses_at(student, w, batch, temperature, seed),
+        (weights,),
+        (direction,),
+    )[1]
+
 
 def _by_double_backward(student, batch, meta_batch, meta_loss, temperature, step, seed):
     weights = _trained(student)
     losses = _losses_at(student, weights, batch, temperature, seed)
     epsilon = torch.zeros_like(losses, requires_grad=True)
-    slopes = torch.autograd.grad((epsilon * losses).sum(), list(weights.values()), create_graph=True, materialize_grads=True)
+    slopes = torch.autograd.grad(
+        (epsilon * losses).sum(),
+        list(weights.values()),
+        create_graph=True,
+        materialize_grads=True,
+    )
     virtual = {name: w - g for (name, w), g in zip(weights.items(), slopes)}
-    held_out = _held_out_loss(_losses_at(student, virtual, meta_batch, temperature, seed + 1), meta_batch, meta_loss)
+    held_out = _held_out_loss(
+        _losses_at(student, virtual, meta_batch, temperature, seed + 1),
+        meta_batch,
+        meta_loss,
+    )
     return -torch.autograd.grad(held_out, epsilon)[0]
 
-_WAYS = {"finite_difference": _by_difference, "forward": _by_forward_mode, "double_backward": _by_double_backward}
+
+_WAYS = {
+    "finite_difference": _by_difference,
+    "forward": _by_forward_mode,
+    "double_backward": _by_double_backward,
+}
 
 # %% ../nbs/reweighted_kd.ipynb #db9940fb
 def meta_weights(
-    student:nn.Module, # in the mode it trains in
-    batch:dict[str,Tensor], # inputs, labels and teacher_logits
-    meta_batch:dict[str,Tensor], # held-out inputs and labels; for meta_loss="both" teacher_logits too
-    how:Literal["finite_difference","forward","double_backward"]="finite_difference", # as in `alignment`
-    meta_loss:Literal["labels","both"]="labels", # as in `meta_gradient`
-    temperature:float=2.0, # > 0, of the teacher's loss
-    step:float=1e-3, # > 0, of the finite difference
-    seed:int=0, # of the dropout masks
-)->Tensor: # (batch,), in [0, 1]: weight of the teacher
+    student: nn.Module,  # in the mode it trains in
+    batch: dict[str, Tensor],  # inputs, labels and teacher_logits
+    meta_batch: dict[
+        str, Tensor
+    ],  # held-out inputs and labels; for meta_loss="both" teacher_logits too
+    how: Literal[
+        "finite_difference", "forward", "double_backward"
+    ] = "finite_difference",  # as in `alignment`
+    meta_loss: Literal["labels", "both"] = "labels",  # as in `meta_gradient`
+    temperature: float = 2.0,  # > 0, of the teacher's loss
+    step: float = 1e-3,  # > 0, of the finite difference
+    seed: int = 0,  # of the dropout masks
+) -> Tensor:  # (batch,), in [0, 1]: weight of the teacher
     "The weights of RW-KD for one batch. Raises `ValueError` as `alignment` does."
-    return weights_of(alignment(student, batch, meta_batch, how, meta_loss, temperature, step, seed), batch["labels"])
+    return weights_of(
+        alignment(student, batch, meta_batch, how, meta_loss, temperature, step, seed),
+        batch["labels"],
+    )
 
 # %% ../nbs/reweighted_kd.ipynb #2e387a03
 def reweighted_loss(
-    student:nn.Module, # in the mode it trains in; on several processes, DistributedDataParallel's wrapper
-    batch:dict[str,Tensor], # inputs, labels and teacher_logits
-    meta_batch:dict[str,Tensor], # held-out inputs and labels; for meta_loss="both" teacher_logits too
-    temperature:float=2.0, # > 0, of the teacher's loss
-    meta_loss:Literal["labels","both"]="labels", # as in `meta_gradient`
-    step:float=1e-3, # > 0, of the one-sided difference
-)->Loss: # its parts: the mean weight of the teacher, and the shares of labelled rows near 0, at one half, and near 1
+    student: nn.Module,  # in the mode it trains in; on several processes, DistributedDataParallel's wrapper
+    batch: dict[str, Tensor],  # inputs, labels and teacher_logits
+    meta_batch: dict[
+        str, Tensor
+    ],  # held-out inputs and labels; for meta_loss="both" teacher_logits too
+    temperature: float = 2.0,  # > 0, of the teacher's loss
+    meta_loss: Literal["labels", "both"] = "labels",  # as in `meta_gradient`
+    step: float = 1e-3,  # > 0, of the one-sided difference
+) -> Loss:  # its parts: the mean weight of the teacher, and the shares of labelled rows near 0, at one half, and near 1
     "One forward and backward pass for the held-out gradient, one for the update, and one forward pass between. Raises `ValueError` in mixed precision."
-    bare = student.module if isinstance(student, nn.parallel.DistributedDataParallel) else student
+    bare = (
+        student.module
+        if isinstance(student, nn.parallel.DistributedDataParallel)
+        else student
+    )
     if hasattr(bare, "_original_forward"):  # Accelerate's mark of mixed precision
-        raise ValueError('RW-KD compares losses that differ in the fourth digit: use mixed_precision="no", not "fp16" or "bf16"')
+        raise ValueError(
+            'RW-KD compares losses that differ in the fourth digit: use mixed_precision="no", not "fp16" or "bf16"'
+        )
     seed, labels = int(torch.randint(2**62, ())), batch["labels"]
     gradient = meta_gradient(bare, meta_batch, meta_loss, temperature, seed + 1)
-    with _same_masks(seed, labels.device): logits = forward(student, batch)
+    with _same_masks(seed, labels.device):
+        logits = forward(student, batch)
     losses = per_sample_losses(logits, batch["teacher_logits"], labels, temperature)
     ahead, length = shifted_losses(bare, batch, gradient, step, temperature, seed)
     weights = weights_of((ahead - losses.detach()) * (length / step), labels)
     known = weights[labels != -100]
     share = lambda hit: hit.float().mean().nan_to_num()
-    return Loss(weighted_loss(losses, weights), {"teacher_weight": weights.mean(), "near_0": share(known < .05),
-                                                 "near_half": share((known - .5).abs() < 1e-3), "near_1": share(known > .95)})
+    return Loss(
+        weighted_loss(losses, weights),
+        {
+            "teacher_weight": weights.mean(),
+            "near_0": share(known < 0.05),
+            "near_half": share((known - 0.5).abs() < 1e-3),
+            "near_1": share(known > 0.95),
+        },
+    )
 
 # %% ../nbs/reweighted_kd.ipynb #c2f2a0e9
 def draw_rows(
-    rows:Rows, # to draw from, without replacement
-    size:int, # how many, at most all
-    progress:Progress, # its epoch and step decide which
-    device:torch.device|str="cpu", # where the batch goes
-)->dict[str,Tensor]: # a batch
+    rows: Rows,  # to draw from, without replacement
+    size: int,  # how many, at most all
+    progress: Progress,  # its epoch and step decide which
+    device: torch.device | str = "cpu",  # where the batch goes
+) -> dict[str, Tensor]:  # a batch
     "A batch that depends on nothing but the rows and the place in the stage."
-    draw = torch.Generator().manual_seed(mix_seed("meta", progress.epoch, progress.step))
+    draw = torch.Generator().manual_seed(
+        mix_seed("meta", progress.epoch, progress.step)
+    )
     index = torch.randperm(len(rows), generator=draw)[:size].tolist()
     return {name: value.to(device) for name, value in rows.batch(index).items()}
 
 # %% ../nbs/reweighted_kd.ipynb #72b3e457
 def check_meta(
-    meta:"datasets.Dataset|None", # the held-out rows
-    train:"datasets.Dataset", # rows that train
-    validation:"datasets.Dataset|None"=None, # rows that choose the kept weights
-    columns:tuple[str,...]=("label",), # what held-out rows must have
-)->None:
+    meta: "datasets.Dataset|None",  # the held-out rows
+    train: "datasets.Dataset",  # rows that train
+    validation: "datasets.Dataset|None" = None,  # rows that choose the kept weights
+    columns: tuple[str, ...] = ("label",),  # what held-out rows must have
+) -> None:
     "Raise `ValueError` for a meta set that is missing, lacks columns or labels, or also trains or validates."
-    if meta is None: raise ValueError('RW-KD needs a meta set: parts = train.train_test_split(200, seed=0), then meta=parts["test"], and train on parts["train"]')
+    if meta is None:
+        raise ValueError(
+            'RW-KD needs a meta set: parts = train.train_test_split(200, seed=0), then meta=parts["test"], and train on parts["train"]'
+        )
     for name in columns:
-        if name not in meta.column_names: raise ValueError(f"the meta set lacks the column {name!r}; it has {meta.column_names}")
+        if name not in meta.column_names:
+            raise ValueError(
+                f"the meta set lacks the column {name!r}; it has {meta.column_names}"
+            )
     hidden = sum(label == -100 for label in meta["label"])
-    if hidden or not len(meta): raise ValueError(f"{hidden} of {len(meta)} meta rows have no label: hold out labelled rows")
+    if hidden or not len(meta):
+        raise ValueError(
+            f"{hidden} of {len(meta)} meta rows have no label: hold out labelled rows"
+        )
     for who, rows in (("train", train), ("validate", validation)):
         shared = set(_keys(meta)) & set(_keys(rows)) if rows is not None else ()
-        if shared: raise ValueError(f"{len(shared)} of {len(meta)} meta rows also {who}, one of them {min(shared)[:60]}: a meta set must be held out")
+        if shared:
+            raise ValueError(
+                f"{len(shared)} of {len(meta)} meta rows also {who}, one of them {min(shared)[:60]}: a meta set must be held out"
+            )
 
-def _keys(dataset:"datasets.Dataset", *more:str)->list[str]:
+
+def _keys(dataset: "datasets.Dataset", *more: str) -> list[str]:
     "What a row is, as far as a model can see, and in the columns `more`."
-    columns = [n for n in ("text", "text_pair") if n in dataset.column_names] or [n for n in INPUTS if n in dataset.column_names]
-    return [repr(row) for row in zip(*(dataset[name] for name in (*columns, *more) if name in dataset.column_names))]
+    columns = [n for n in ("text", "text_pair") if n in dataset.column_names] or [
+        n for n in INPUTS if n in dataset.column_names
+    ]
+    return [
+        repr(row)
+        for row in zip(
+            *(
+                dataset[name]
+                for name in (*columns, *more)
+                if name in dataset.column_names
+            )
+        )
+    ]
 
 # %% ../nbs/reweighted_kd.ipynb #5aa190da
 class RWKD:
     "Label loss and teacher loss, mixed for each row as a held-out set asks for. Raises `ValueError` for arguments out of range, and as `check_meta` does."
+
     requires, rows = ("label", "teacher_logits"), "all"
-    def __init__(self,
-        meta:"datasets.Dataset|None"=None, # labelled rows held out of the training data; for meta_loss="both" with teacher_logits
-        temperature:float=2.0, # > 0, of the teacher's loss
-        meta_loss:Literal["labels","both"]="labels", # as in `meta_gradient`
-        meta_batch_size:int=32, # held-out rows per update
-        step:float=1e-3, # > 0, of the finite difference
-        tokenizer:Any=None, # for held-out text; default: the student's own
-        max_length:int=64, # tokens kept per held-out row
+
+    def __init__(
+        self,
+        meta: "datasets.Dataset|None" = None,  # labelled rows held out of the training data; for meta_loss="both" with teacher_logits
+        temperature: float = 2.0,  # > 0, of the teacher's loss
+        meta_loss: Literal["labels", "both"] = "labels",  # as in `meta_gradient`
+        meta_batch_size: int = 32,  # held-out rows per update
+        step: float = 1e-3,  # > 0, of the finite difference
+        tokenizer: Any = None,  # for held-out text; default: the student's own
+        max_length: int = 64,  # tokens kept per held-out row
     ):
-        if temperature <= 0: raise ValueError(f"temperature must be > 0, got {temperature}")
-        if meta_loss not in ("labels", "both"): raise ValueError(f'meta_loss must be "labels" or "both", got {meta_loss!r}')
-        if meta_batch_size < 1 or step <= 0: raise ValueError(f"meta_batch_size must be >= 1 and step > 0, got {meta_batch_size} and {step}")
-        self.temperature, self.meta_loss, self.meta_batch_size, self.step, self.max_length = temperature, meta_loss, meta_batch_size, step, max_length
-        self.meta, self._meta, self._rows, self._tokenizer = "" if meta is None else f"{len(meta)} rows, {mix_seed(*_keys(meta, 'label'))}", meta, None, tokenizer
+        if temperature <= 0:
+            raise ValueError(f"temperature must be > 0, got {temperature}")
+        if meta_loss not in ("labels", "both"):
+            raise ValueError(f'meta_loss must be "labels" or "both", got {meta_loss!r}')
+        if meta_batch_size < 1 or step <= 0:
+            raise ValueError(
+                f"meta_batch_size must be >= 1 and step > 0, got {meta_batch_size} and {step}"
+            )
+        (
+            self.temperature,
+            self.meta_loss,
+            self.meta_batch_size,
+            self.step,
+            self.max_length,
+        ) = temperature, meta_loss, meta_batch_size, step, max_length
+        self.meta, self._meta, self._rows, self._tokenizer = (
+            ""
+            if meta is None
+            else f"{len(meta)} rows, {mix_seed(*_keys(meta, 'label'))}",
+            meta,
+            None,
+            tokenizer,
+        )
 
-    def check(self, stage:Stage, train:"datasets.Dataset", validation:"datasets.Dataset|None"=None)->None:
-        "Called by `fit` before it starts."; check_meta(self._meta, train, validation, ("label", "teacher_logits")[:1 + (self.meta_loss == "both")])
+    def check(
+        self,
+        stage: Stage,
+        train: "datasets.Dataset",
+        validation: "datasets.Dataset|None" = None,
+    ) -> None:
+        "Called by `fit` before it starts."
+        check_meta(
+            self._meta,
+            train,
+            validation,
+            ("label", "teacher_logits")[: 1 + (self.meta_loss == "both")],
+        )
 
-    def meta_batch(self, student:nn.Module, progress:Progress)->dict[str,Tensor]:
+    def meta_batch(self, student: nn.Module, progress: Progress) -> dict[str, Tensor]:
         "The held-out rows of this update, drawn by its number alone, so that a resumed run draws them again."
         model = getattr(student, "module", student)
         if self._rows is None:
-            self._rows = Rows(encode(self._meta, model, self._tokenizer, self.max_length), ("label", "teacher_logits"), _pad_id(model, self._tokenizer))
-        return draw_rows(self._rows, self.meta_batch_size, progress, next(student.parameters()).device)
+            self._rows = Rows(
+                encode(self._meta, model, self._tokenizer, self.max_length),
+                ("label", "teacher_logits"),
+                pad_id_of(model, self._tokenizer),
+            )
+        return draw_rows(
+            self._rows,
+            self.meta_batch_size,
+            progress,
+            next(student.parameters()).device,
+        )
 
-    def __call__(self, student:nn.Module, batch:dict[str,Tensor], progress:Progress)->Loss:
+    def __call__(
+        self, student: nn.Module, batch: dict[str, Tensor], progress: Progress
+    ) -> Loss:
         "`reweighted_loss` with the held-out rows of this update."
-        return reweighted_loss(student, batch, self.meta_batch(student, progress), self.temperature, self.meta_loss, self.step)
+        return reweighted_loss(
+            student,
+            batch,
+            self.meta_batch(student, progress),
+            self.temperature,
+            self.meta_loss,
+            self.step,
+        )
 
 # %% ../nbs/reweighted_kd.ipynb #a037ba0b
 def recipe(
-    meta:"datasets.Dataset|None"=None, # labelled rows held out of the training data
-    epochs:int=18, # of the one stage
-    lr:float=5e-4, # > 0, peak rate
-    batch_size:int=32, # rows per update, and held-out rows per update
-    temperature:float=2.0, # > 0, of the teacher's loss
-    meta_loss:Literal["labels","both"]="labels", # as in `meta_gradient`
-)->Recipe: # for `fit`
+    meta: "datasets.Dataset|None" = None,  # labelled rows held out of the training data
+    epochs: int = 18,  # of the one stage
+    lr: float = 5e-4,  # > 0, peak rate
+    batch_size: int = 32,  # rows per update, and held-out rows per update
+    temperature: float = 2.0,  # > 0, of the teacher's loss
+    meta_loss: Literal["labels", "both"] = "labels",  # as in `meta_gradient`
+) -> Recipe:  # for `fit`
     "The one stage of RW-KD; best validated weights kept. Raises `ValueError` as `RWKD` does."
-    return Recipe((Stage(RWKD(meta, temperature, meta_loss, batch_size), epochs, lr, batch_size, name="reweighted"),))
+    return Recipe(
+        (
+            Stage(
+                RWKD(meta, temperature, meta_loss, batch_size),
+                epochs,
+                lr,
+                batch_size,
+                name="reweighted",
+            ),
+        )
+    )
 
 # %% ../nbs/reweighted_kd.ipynb #89e23f7d
 class WeightedKD:
     "The same two losses with weights from elsewhere. Raises `ValueError` for a weight outside [0, 1] and an unknown rule."
+
     requires, rows = ("label", "teacher_logits"), "all"
-    def __init__(self,
-        weight:float|tuple[float,float]|Literal["truth","confidence"]=0.5, # of the teacher: fixed; from, to; its probability of the label; its certainty
-        temperature:float=2.0, # > 0, of the teacher's loss
+
+    def __init__(
+        self,
+        weight: float
+        | tuple[float, float]
+        | Literal[
+            "truth", "confidence"
+        ] = 0.5,  # of the teacher: fixed; from, to; its probability of the label; its certainty
+        temperature: float = 2.0,  # > 0, of the teacher's loss
     ):
         ends = weight if isinstance(weight, tuple) else (weight, weight)
         if isinstance(weight, str):
-            if weight not in ("truth", "confidence"): raise ValueError(f'weight must be a number, a pair, "truth" or "confidence", got {weight!r}')
-        elif len(ends) != 2 or not all(0 <= w <= 1 for w in ends): raise ValueError(f"weights must be in [0, 1], got {weight}")
-        if temperature <= 0: raise ValueError(f"temperature must be > 0, got {temperature}")
+            if weight not in ("truth", "confidence"):
+                raise ValueError(
+                    f'weight must be a number, a pair, "truth" or "confidence", got {weight!r}'
+                )
+        elif len(ends) != 2 or not all(0 <= w <= 1 for w in ends):
+            raise ValueError(f"weights must be in [0, 1], got {weight}")
+        if temperature <= 0:
+            raise ValueError(f"temperature must be > 0, got {temperature}")
         self.weight, self.temperature = weight, temperature
 
-    def weights(self, batch:dict[str,Tensor], progress:Progress)->Tensor: # (batch,), in [0, 1]
+    def weights(
+        self, batch: dict[str, Tensor], progress: Progress
+    ) -> Tensor:  # (batch,), in [0, 1]
         "The teacher's weight on every row; 1 where there is no label."
         labels, probs = batch["labels"], F.softmax(batch["teacher_logits"], dim=-1)
-        if self.weight == "truth": found = probs.gather(1, labels.clamp(min=0)[:, None])[:, 0]
-        elif self.weight == "confidence": found = 1 - torch.special.entr(probs).sum(-1) / math.log(probs.shape[-1])
+        if self.weight == "truth":
+            found = probs.gather(1, labels.clamp(min=0)[:, None])[:, 0]
+        elif self.weight == "confidence":
+            found = 1 - torch.special.entr(probs).sum(-1) / math.log(probs.shape[-1])
         else:
-            start, end = self.weight if isinstance(self.weight, tuple) else (self.weight, self.weight)
-            found = torch.full(labels.shape, start + (end - start) * progress.t, device=labels.device)
+            start, end = (
+                self.weight
+                if isinstance(self.weight, tuple)
+                else (self.weight, self.weight)
+            )
+            found = torch.full(
+                labels.shape, start + (end - start) * progress.t, device=labels.device
+            )
         return found.masked_fill(labels == -100, 1.0)
 
-    def __call__(self, student:nn.Module, batch:dict[str,Tensor], progress:Progress)->Loss:
+    def __call__(
+        self, student: nn.Module, batch: dict[str, Tensor], progress: Progress
+    ) -> Loss:
         "`weighted_loss` with these weights."
         weights = self.weights(batch, progress)
-        losses = per_sample_losses(forward(student, batch), batch["teacher_logits"], batch["labels"], self.temperature)
+        losses = per_sample_losses(
+            forward(student, batch),
+            batch["teacher_logits"],
+            batch["labels"],
+            self.temperature,
+        )
         return Loss(weighted_loss(losses, weights), {"teacher_weight": weights.mean()})

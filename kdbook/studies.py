@@ -9,209 +9,473 @@ __all__ = ['NOISES', 'NOISY_RUNS', 'FLAT', 'LINES', 'LINE_AT', 'COSTS', 'ROBUST'
            'run_study']
 
 # %% ../nbs/studies.ipynb #21395e72
-import json, statistics, time
+import json
+import statistics
+import time
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, Callable
+
 import torch
 from torch import nn
+
 from . import annealing_kd, continuation_kd
-from .benchmark import _student, _task, chosen_lr, kept_student, noisy_rows, pack, provenance, run_calls, training_rows, write_json
-from .distillation import Rows, encode, predict_logits, results_dir, save_tensors
+from kdbook.benchmark import (
+    _student,
+    _task,
+    chosen_lr,
+    kept_student,
+    noisy_rows,
+    pack,
+    provenance,
+    run_calls,
+    training_rows,
+)
 from .evaluation import accuracy, attack, ece, nll, rater_gap
-from .landscape import direction_to, hessian_trace, logit_line, logit_surface, pca_plane, plane, random_direction, sharpness, surface_of, trained_weights
-from .methods import METHODS, SETTINGS, NoisySetting, Setting, movie_teacher, setting_of
+from .files import results_dir, save_tensors, write_json
+from kdbook.landscape import (
+    direction_to,
+    hessian_trace,
+    logit_line,
+    logit_surface,
+    pca_plane,
+    plane,
+    random_direction,
+    sharpness,
+    surface_of,
+    trained_weights,
+)
+from .losses import label_loss
+from kdbook.methods import (
+    METHODS,
+    SETTINGS,
+    NoisySetting,
+    Setting,
+    movie_teacher,
+    setting_of,
+)
 from .noisy_label_kd import Memorisation, memorised, support_of
 from .reweighted_kd import meta_weights
-from .training import Callback, LengthBuckets, Progress, Recipe, describe, fit, label_loss
+from .rows import Rows, encode, predict_logits
+from .training import Callback, LengthBuckets, Progress, Recipe, describe, fit
 from .words import Leaning
 
 # %% ../nbs/studies.ipynb #ee11d980
 NOISES = {
-    "digits": tuple(("symmetric", rate) for rate in (0., .1, .2, .3, .4)),
-    "movies": (*(("symmetric", rate) for rate in (0., .2, .4)), *(("raters", k) for k in (1, 3, 5, None))),
+    "digits": tuple(("symmetric", rate) for rate in (0.0, 0.1, 0.2, 0.3, 0.4)),
+    "movies": (
+        *(("symmetric", rate) for rate in (0.0, 0.2, 0.4)),
+        *(("raters", k) for k in (1, 3, 5, None)),
+    ),
 }
 _FOUR = ("hinton", "hinton_oof", "relabel", "select")
 NOISY_RUNS = {  # what each teacher's students are trained by
-    "digits": dict(stopped=("alone", *_FOUR, "reweighted_1"), to_the_end=_FOUR, clean=("hinton", "select_in_sample")),
+    "digits": dict(
+        stopped=("alone", *_FOUR, "reweighted_1"),
+        to_the_end=_FOUR,
+        clean=("hinton", "select_in_sample"),
+    ),
     "movies": dict(stopped=("alone", *_FOUR), clean=("hinton", "select_in_sample")),
 }
-_LIKE = {"digits": "digits", "movies": "same-rows-1x32"}  # whose student, budget and rates a study uses
+_LIKE = {
+    "digits": "digits",
+    "movies": "same-rows-1x32",
+}  # whose student, budget and rates a study uses
 
 # %% ../nbs/studies.ipynb #665727bd
-def noise_part(task_name:str, kind:str, amount:float|int|None, seed:int)->None:
+def noise_part(
+    task_name: str, kind: str, amount: float | int | None, seed: int
+) -> None:
     "Train every student of one seed on one kind of noise, and store what they memorised and how they do."
     torch.set_num_threads(1)
     like, noise = setting_of(_LIKE[task_name]), (kind, amount)
-    setting = NoisySetting(**{**vars(like), "title": f"{like.title}, {kind} {amount}"}, noise=noise)
+    setting = NoisySetting(
+        **{**vars(like), "title": f"{like.title}, {kind} {amount}"}, noise=noise
+    )
     task, _, _ = _task(task_name)
-    record = dict(settings=dict(task=task_name, like=_LIKE[task_name], kind=kind, amount=amount, seed=seed), runs={}, teachers={}, **provenance())
+    record = dict(
+        settings=dict(
+            task=task_name, like=_LIKE[task_name], kind=kind, amount=amount, seed=seed
+        ),
+        runs={},
+        teachers={},
+        **provenance(),
+    )
     for teacher, methods in NOISY_RUNS[task_name].items():
         rows, test = noisy_rows(replace(setting, teacher=teacher), seed)
         record["spoilt"] = sum(rows["corrupted"]) / len(rows)
         said = torch.tensor(test["teacher_logits"])
-        record["teachers"][teacher] = dict(accuracy=accuracy(said, torch.tensor(test["label"])), **{
-            name: memorised(rows, torch.tensor(rows[column])) for name, column in (("in_sample", "teacher_logits"), ("out_of_fold", "teacher_oof_logits")) if column in rows.column_names})
+        record["teachers"][teacher] = dict(
+            accuracy=accuracy(said, torch.tensor(test["label"])),
+            **{
+                name: memorised(rows, torch.tensor(rows[column]))
+                for name, column in (
+                    ("in_sample", "teacher_logits"),
+                    ("out_of_fold", "teacher_oof_logits"),
+                )
+                if column in rows.column_names
+            },
+        )
         for method in methods:
-            record["runs"][f"{teacher} {method}"], student = _noisy_run(setting, method, rows, task, seed)
-            if teacher == "stopped" and method == "alone": record["detectors"] = detectors(rows, student)
-            if method == "reweighted_1": record["detectors"]["RW-KD's weights"] = _weights_of_rw(rows, student, task)
+            record["runs"][f"{teacher} {method}"], student = _noisy_run(
+                setting, method, rows, task, seed
+            )
+            if teacher == "stopped" and method == "alone":
+                record["detectors"] = detectors(rows, student)
+            if method == "reweighted_1":
+                record["detectors"]["RW-KD's weights"] = _weights_of_rw(
+                    rows, student, task
+                )
     write_json(record, study_path("noise", task_name, kind, amount, seed))
 
 # %% ../nbs/studies.ipynb #f11c6fbe
-def _noisy_run(setting:NoisySetting, method:str, rows:Any, task:Any, seed:int)->tuple[dict[str,Any],nn.Module]:
+def _noisy_run(
+    setting: NoisySetting, method: str, rows: Any, task: Any, seed: int
+) -> tuple[dict[str, Any], nn.Module]:
     "One student: its record, and the student itself."
     watch, like = Memorisation(rows), _LIKE[setting.task]
-    student, mine, more = METHODS[method].prepare(setting, _student(setting, seed), rows)
-    recipe = METHODS[method].recipe(setting, chosen_lr(like, "alone" if method == "alone" else "hinton"), **more)
-    run = fit(student, replace(recipe, callbacks=(watch,)), mine, task["validation"], seed=seed, progress=False)
-    logits, labels = predict_logits(run.student, task["test"], progress=False), torch.tensor(task["test"]["label"])
-    curve = {name: [None if line[name] is None else round(line[name], 4) for line in watch.epochs_seen] for name in watch.epochs_seen[0]}
-    return dict(accuracy=accuracy(logits, labels), nll=nll(logits, labels), predictions=pack(logits.argmax(-1).numpy()), curve=curve, best=run.best,
-                validation=[round(line["val_score"], 4) for line in run.history], kept=memorised(rows, predict_logits(run.student, rows, progress=False))), run.student
+    student, mine, more = METHODS[method].prepare(
+        setting, _student(setting, seed), rows
+    )
+    recipe = METHODS[method].recipe(
+        setting, chosen_lr(like, "alone" if method == "alone" else "hinton"), **more
+    )
+    run = fit(
+        student,
+        replace(recipe, callbacks=(watch,)),
+        mine,
+        task["validation"],
+        seed=seed,
+        progress=False,
+    )
+    logits, labels = (
+        predict_logits(run.student, task["test"], progress=False),
+        torch.tensor(task["test"]["label"]),
+    )
+    curve = {
+        name: [
+            None if line[name] is None else round(line[name], 4)
+            for line in watch.epochs_seen
+        ]
+        for name in watch.epochs_seen[0]
+    }
+    return dict(
+        accuracy=accuracy(logits, labels),
+        nll=nll(logits, labels),
+        predictions=pack(logits.argmax(-1).numpy()),
+        curve=curve,
+        best=run.best,
+        validation=[round(line["val_score"], 4) for line in run.history],
+        kept=memorised(rows, predict_logits(run.student, rows, progress=False)),
+    ), run.student
 
 # %% ../nbs/studies.ipynb #f13df454
-def study_path(study:str, *key:Any)->Path:
+def study_path(study: str, *key: Any) -> Path:
     "Where one part of a study is kept."
     return results_dir() / "study" / study / ("-".join(map(str, key)) + ".json")
 
-def noise_parts(seeds:int)->dict[tuple,int]: # arguments of `noise_part` -> how long it is
+
+def noise_parts(
+    seeds: int,
+) -> dict[tuple, int]:  # arguments of `noise_part` -> how long it is
     "All parts of the study of label noise."
-    return {(task, *noise, seed): 1 for seed in range(seeds) for task in NOISES for noise in NOISES[task]}
+    return {
+        (task, *noise, seed): 1
+        for seed in range(seeds)
+        for task in NOISES
+        for noise in NOISES[task]
+    }
+
 
 def study_records(
-    study:str, # its name
-)->list[dict[str,Any]]: # one per part; empty where nothing has been run
+    study: str,  # its name
+) -> list[dict[str, Any]]:  # one per part; empty where nothing has been run
     "The stored parts of a study."
-    return [json.loads(path.read_text(encoding="utf-8")) for path in sorted((results_dir() / "study" / study).glob("*.json"))]
+    return [
+        json.loads(path.read_text(encoding="utf-8"))
+        for path in sorted((results_dir() / "study" / study).glob("*.json"))
+    ]
 
 # %% ../nbs/studies.ipynb #ea0b41c8
 def detectors(
-    rows:"datasets.Dataset", # with noise, `teacher_logits` and `teacher_oof_logits`
-    student:nn.Module, # trained on them alone
-)->dict[str,float|None]: # name -> AUC in [0, 1]: how often a spoilt row looks worse than a clean one; None without spoilt rows
+    rows: "datasets.Dataset",  # with noise, `teacher_logits` and `teacher_oof_logits`
+    student: nn.Module,  # trained on them alone
+) -> dict[
+    str, float | None
+]:  # name -> AUC in [0, 1]: how often a spoilt row looks worse than a clean one; None without spoilt rows
     "How well some scores find the spoilt rows, cleanlab's among them."
     from cleanlab.rank import get_label_quality_scores as quality
-    labels, inside, outside = torch.tensor(rows["label"]), torch.tensor(rows["teacher_logits"]), torch.tensor(rows["teacher_oof_logits"])
+
+    labels, inside, outside = (
+        torch.tensor(rows["label"]),
+        torch.tensor(rows["teacher_logits"]),
+        torch.tensor(rows["teacher_oof_logits"]),
+    )
     probs = outside.double().softmax(-1).numpy()
-    doubts = {"teacher, in sample": -support_of(labels, inside), "teacher, out of fold": -support_of(labels, outside),
-              "student's loss": label_loss(predict_logits(student, rows, progress=False), labels, "none"),
-              "cleanlab, margin": -quality(labels.numpy(), probs, method="normalized_margin"),
-              "cleanlab, entropy": -quality(labels.numpy(), probs, method="confidence_weighted_entropy"),
-              "cleanlab, adjusted": -quality(labels.numpy(), probs, method="self_confidence", adjust_pred_probs=True)}
+    doubts = {
+        "teacher, in sample": -support_of(labels, inside),
+        "teacher, out of fold": -support_of(labels, outside),
+        "student's loss": label_loss(
+            predict_logits(student, rows, progress=False), labels, "none"
+        ),
+        "cleanlab, margin": -quality(labels.numpy(), probs, method="normalized_margin"),
+        "cleanlab, entropy": -quality(
+            labels.numpy(), probs, method="confidence_weighted_entropy"
+        ),
+        "cleanlab, adjusted": -quality(
+            labels.numpy(), probs, method="self_confidence", adjust_pred_probs=True
+        ),
+    }
     return {name: auc(doubt, rows["corrupted"]) for name, doubt in doubts.items()}
 
+
 def auc(
-    scores:Any, # (rows,), higher is more suspect
-    spoilt:Any, # (rows,), bool
-)->float|None: # in [0, 1]; 0.5 is chance
+    scores: Any,  # (rows,), higher is more suspect
+    spoilt: Any,  # (rows,), bool
+) -> float | None:  # in [0, 1]; 0.5 is chance
     "Probability that a spoilt row scores above a clean one, ties counted half; None where one kind is missing."
     from sklearn.metrics import roc_auc_score
-    return float(roc_auc_score(list(spoilt), list(map(float, scores)))) if 0 < sum(spoilt) < len(spoilt) else None
 
-def _weights_of_rw(rows:Any, student:nn.Module, task:Any)->float|None:
+    return (
+        float(roc_auc_score(list(spoilt), list(map(float, scores))))
+        if 0 < sum(spoilt) < len(spoilt)
+        else None
+    )
+
+
+def _weights_of_rw(rows: Any, student: nn.Module, task: Any) -> float | None:
     "AUC of RW-KD's weights at temperature 1, held against clean validation rows: the teacher is believed where the label is wrong."
-    batches = [Rows(encode(d, student), ("label", "teacher_logits")) for d in (rows, task["validation"])]
+    batches = [
+        Rows(encode(d, student), ("label", "teacher_logits"))
+        for d in (rows, task["validation"])
+    ]
     whole = [batch.batch(list(range(len(batch)))) for batch in batches]
-    return auc(meta_weights(student.eval(), *whole, temperature=1.), rows["corrupted"])
+    return auc(meta_weights(student.eval(), *whole, temperature=1.0), rows["corrupted"])
 
 # %% ../nbs/studies.ipynb #cacab1fa
-FLAT = ("alone", "constant_rate", "swa", "hinton", "hinton_swa")  # whose surroundings are measured
+FLAT = (
+    "alone",
+    "constant_rate",
+    "swa",
+    "hinton",
+    "hinton_swa",
+)  # whose surroundings are measured
 LINES = (("constant_rate", "swa"), ("alone", "swa"), ("swa", "hinton_swa"))
 
-def flatness_part(setting_name:str, seed:int)->None:
+
+def flatness_part(setting_name: str, seed: int) -> None:
     "Train one student by each of FLAT, and store how sharp the loss is around it and along the lines between them."
     torch.set_num_threads(1)
     setting = setting_of(setting_name)
     task, train, _ = _task(setting.task)
     rows = training_rows(train, setting, seed)
     near = {"train": rows.select(range(256)), "test": task["test"].select(range(256))}
-    record = dict(settings=dict(setting=setting_name, seed=seed), students={}, lines={}, **provenance())
-    nets = {m: fit(_student(setting, seed), METHODS[m].recipe(setting, chosen_lr(setting_name, m)), rows, task["validation"], seed=seed, progress=False).student for m in FLAT}
+    record = dict(
+        settings=dict(setting=setting_name, seed=seed),
+        students={},
+        lines={},
+        **provenance(),
+    )
+    nets = {
+        m: fit(
+            _student(setting, seed),
+            METHODS[m].recipe(setting, chosen_lr(setting_name, m)),
+            rows,
+            task["validation"],
+            seed=seed,
+            progress=False,
+        ).student
+        for m in FLAT
+    }
     for m, net in nets.items():
-        found = {split: predict_logits(net, some, progress=False) for split, some in near.items()}
-        record["students"][m] = dict(rise=sharpness(net, near["train"], progress=False).mean, trace=hessian_trace(net, near["train"], 5, progress=False).mean,
-                                     **{f"{split} loss": nll(z, torch.tensor(near[split]["label"])) for split, z in found.items()})
-    for a, b in LINES: record["lines"][f"{a} to {b}"] = _line(nets[a], nets[b], near)
+        found = {
+            split: predict_logits(net, some, progress=False)
+            for split, some in near.items()
+        }
+        record["students"][m] = dict(
+            rise=sharpness(net, near["train"], progress=False).mean,
+            trace=hessian_trace(net, near["train"], 5, progress=False).mean,
+            **{
+                f"{split} loss": nll(z, torch.tensor(near[split]["label"]))
+                for split, z in found.items()
+            },
+        )
+    for a, b in LINES:
+        record["lines"][f"{a} to {b}"] = _line(nets[a], nets[b], near)
     write_json(record, study_path("flatness", setting_name, seed))
 
 # %% ../nbs/studies.ipynb #44e88288
-LINE_AT = tuple(round(-.5 + .125 * i, 3) for i in range(17)) # 0 is the first of the two, 1 the second
+LINE_AT = tuple(
+    round(-0.5 + 0.125 * i, 3) for i in range(17)
+)  # 0 is the first of the two, 1 the second
 
-def _line(first:nn.Module, second:nn.Module, near:dict[str,Any])->dict[str,list[float]]:
+
+def _line(
+    first: nn.Module, second: nn.Module, near: dict[str, Any]
+) -> dict[str, list[float]]:
     "Loss and accuracy at LINE_AT on the line through two students."
     direction, found = direction_to(trained_weights(first), trained_weights(second)), {}
     for split, some in near.items():
-        logits, labels = logit_line(first, some, direction, LINE_AT, progress=False), torch.tensor(some["label"])
-        for name, score in (("loss", nll), ("accuracy", accuracy)): found[f"{split} {name}"] = surface_of(logits, lambda z: score(z, labels)).tolist()
+        logits, labels = (
+            logit_line(first, some, direction, LINE_AT, progress=False),
+            torch.tensor(some["label"]),
+        )
+        for name, score in (("loss", nll), ("accuracy", accuracy)):
+            found[f"{split} {name}"] = surface_of(
+                logits, lambda z: score(z, labels)
+            ).tolist()
     return found
 
 # %% ../nbs/studies.ipynb #dab19c6d
 class _Path(Callback):
     "Keeps the trained weights after every epoch."
-    def __init__(self): self._weights = []
-    def after_epoch(self, run:Any, progress:Any)->None: self._weights.append(trained_weights(run.student))
 
-def _walk(method:str, seed:int=0)->tuple[nn.Module,list[dict],dict]: # the student, its weights by epoch, what its run says
+    def __init__(self):
+        self._weights = []
+
+    def after_epoch(self, run: Any, progress: Any) -> None:
+        self._weights.append(trained_weights(run.student))
+
+
+def _walk(
+    method: str, seed: int = 0
+) -> tuple[
+    nn.Module, list[dict], dict
+]:  # the student, its weights by epoch, what its run says
     "Train on the rows of seed 0; `seed` decides first weights and order."
     setting = SETTINGS["same-rows"]
     task, train, _ = _task(setting.task)
     small, path, lr = _student(setting, seed), _Path(), chosen_lr("same-rows", method)
     recipe = METHODS[method].recipe(setting, lr)
     recipe = Recipe(recipe.stages, (path,), recipe.keep)
-    run = fit(small, recipe, training_rows(train, setting, 0), task["validation"], seed=seed, progress=False)
-    told = dict(method=method, seed=seed, lr=lr, recipe=describe(recipe), best=run.best,
-                validation=[row["val_score"] for row in run.history], loss=[row["loss"] for row in run.history])
+    run = fit(
+        small,
+        recipe,
+        training_rows(train, setting, 0),
+        task["validation"],
+        seed=seed,
+        progress=False,
+    )
+    told = dict(
+        method=method,
+        seed=seed,
+        lr=lr,
+        recipe=describe(recipe),
+        best=run.best,
+        validation=[row["val_score"] for row in run.history],
+        loss=[row["loss"] for row in run.history],
+    )
     return run.student, [trained_weights(small), *path._weights], told
 
 # %% ../nbs/studies.ipynb #a44ed5a3
 def path_objective(
-    method:str, # "annealing_kd" or "continuation_kd"
-    epoch:int, # 1 to 9: the first epoch of the run is 1
-    setting:Setting=SETTINGS["same-rows"], # gives epochs and tau_max
-)->Callable[[torch.Tensor,dict[str,torch.Tensor]],torch.Tensor]: # (logits, batch) -> scalar
+    method: str,  # "annealing_kd" or "continuation_kd"
+    epoch: int,  # 1 to 9: the first epoch of the run is 1
+    setting: Setting = SETTINGS["same-rows"],  # gives epochs and tau_max
+) -> Callable[
+    [torch.Tensor, dict[str, torch.Tensor]], torch.Tensor
+]:  # (logits, batch) -> scalar
     "The objective of one epoch; the batch holds `labels` and `teacher_logits`. Raises `ValueError` for another method or epoch."
-    if method not in ("annealing_kd", "continuation_kd"): raise ValueError(f"no path for {method!r}: annealing_kd or continuation_kd")
+    if method not in ("annealing_kd", "continuation_kd"):
+        raise ValueError(f"no path for {method!r}: annealing_kd or continuation_kd")
     first, total = setting.epochs[0], sum(setting.epochs)
-    if not 1 <= epoch <= total: raise ValueError(f"epoch must be in 1..{total}, got {epoch}")
+    if not 1 <= epoch <= total:
+        raise ValueError(f"epoch must be in 1..{total}, got {epoch}")
     if method == "continuation_kd":
-        phi, psi = continuation_kd.ContinuationKD(setting.tau_max).schedule(total)[epoch - 1]
-        return lambda logits, batch: continuation_kd.mixed_loss(logits, batch["teacher_logits"], batch["labels"], phi, psi).total
-    if epoch > first: return lambda logits, batch: label_loss(logits, batch["labels"])
-    scale = annealing_kd.phi(annealing_kd.temperature_schedule(first, setting.tau_max)[epoch - 1], setting.tau_max)
-    return lambda logits, batch: annealing_kd.annealing_loss(logits, batch["teacher_logits"], scale)
+        phi, psi = continuation_kd.ContinuationKD(setting.tau_max).schedule(total)[
+            epoch - 1
+        ]
+        return lambda logits, batch: (
+            continuation_kd.mixed_loss(
+                logits, batch["teacher_logits"], batch["labels"], phi, psi
+            ).total
+        )
+    if epoch > first:
+        return lambda logits, batch: label_loss(logits, batch["labels"])
+    scale = annealing_kd.phi(
+        annealing_kd.temperature_schedule(first, setting.tau_max)[epoch - 1],
+        setting.tau_max,
+    )
+    return lambda logits, batch: annealing_kd.annealing_loss(
+        logits, batch["teacher_logits"], scale
+    )
 
 # %% ../nbs/studies.ipynb #a3f6ad8a
-def _axis(values:torch.Tensor, points:int, margin:float)->list[float]:
+def _axis(values: torch.Tensor, points: int, margin: float) -> list[float]:
     "Even points over the range of `values`, and `margin` of it more on both sides."
     low, high = values.min().item(), values.max().item()
-    return torch.linspace(low - margin * (high - low), high + margin * (high - low), points).tolist()
+    return torch.linspace(
+        low - margin * (high - low), high + margin * (high - low), points
+    ).tolist()
 
-def _plane_tensors(model:nn.Module, origin:dict, directions:list, at:torch.Tensor, sets:dict, points:int, margin:float)->dict[str,torch.Tensor]:
+
+def _plane_tensors(
+    model: nn.Module,
+    origin: dict,
+    directions: list,
+    at: torch.Tensor,
+    sets: dict,
+    points: int,
+    margin: float,
+) -> dict[str, torch.Tensor]:
     xs, ys = _axis(at[:, 0], points, margin), _axis(at[:, 1], points, margin)
-    found = {name: logit_surface(model, data, directions, xs, ys, origin) for name, data in sets.items()}
-    return dict(xs=torch.tensor(xs), ys=torch.tensor(ys), coordinates=at.float(), **{name: each.half() for name, each in found.items()})
+    found = {
+        name: logit_surface(model, data, directions, xs, ys, origin)
+        for name, data in sets.items()
+    }
+    return dict(
+        xs=torch.tensor(xs),
+        ys=torch.tensor(ys),
+        coordinates=at.float(),
+        **{name: each.half() for name, each in found.items()},
+    )
 
-def _three(alone:nn.Module, hinton:nn.Module, other:nn.Module, sets:dict)->tuple[dict,dict]:
+
+def _three(
+    alone: nn.Module, hinton: nn.Module, other: nn.Module, sets: dict
+) -> tuple[dict, dict]:
     "Lines from the student alone to plain KD and to another seed, and the plane of the three."
     a, b, c = (trained_weights(m) for m in (alone, hinton, other))
-    xs = torch.linspace(-.5, 1.5, 25)
-    lines = {f"{split}_{name}": logit_line(alone, data, direction_to(a, end), xs.tolist()).half()
-             for split, data in sets.items() for name, end in (("hinton", b), ("seed", c))}
+    xs = torch.linspace(-0.5, 1.5, 25)
+    lines = {
+        f"{split}_{name}": logit_line(
+            alone, data, direction_to(a, end), xs.tolist()
+        ).half()
+        for split, data in sets.items()
+        for name, end in (("hinton", b), ("seed", c))
+    }
     directions, at = plane(a, b, c)
-    return dict(xs=xs, **lines), _plane_tensors(alone, a, directions, at, sets, 13, .3)
+    return dict(xs=xs, **lines), _plane_tensors(alone, a, directions, at, sets, 13, 0.3)
 
 # %% ../nbs/studies.ipynb #6016c4c6
-def _path_tensors(model:nn.Module, trail:list[dict], rows:Any)->dict[str,torch.Tensor]:
+def _path_tensors(
+    model: nn.Module, trail: list[dict], rows: Any
+) -> dict[str, torch.Tensor]:
     "The plane of a path, the logits on it, and those at the checkpoints themselves."
     directions, at, shares = pca_plane(trail)
-    own = torch.cat([logit_line(model, rows, w, [0.], origin=w) for w in trail])
-    length = torch.tensor([sum(w.double().pow(2).sum() for w in direction_to(trail[-1], each).values())**.5 for each in trail])
-    return dict(**_plane_tensors(model, trail[-1], directions, at, dict(train=rows), 21, .35), checkpoints=own.half(), shares=shares.float(), distance=length.float())
+    own = torch.cat([logit_line(model, rows, w, [0.0], origin=w) for w in trail])
+    length = torch.tensor(
+        [
+            sum(w.double().pow(2).sum() for w in direction_to(trail[-1], each).values())
+            ** 0.5
+            for each in trail
+        ]
+    )
+    return dict(
+        **_plane_tensors(model, trail[-1], directions, at, dict(train=rows), 21, 0.35),
+        checkpoints=own.half(),
+        shares=shares.float(),
+        distance=length.float(),
+    )
 
-def _sharp(model:nn.Module, rows:Any, **how:Any)->dict[str,float]: return asdict(sharpness(model, rows, **how))
 
-def _sharp_path(model:nn.Module, trail:list[dict], method:str, rows:Any)->list[dict]:
+def _sharp(model: nn.Module, rows: Any, **how: Any) -> dict[str, float]:
+    return asdict(sharpness(model, rows, **how))
+
+
+def _sharp_path(
+    model: nn.Module, trail: list[dict], method: str, rows: Any
+) -> list[dict]:
     "Sharpness of every epoch's objective at the weights that the epoch ended with."
     found = []
     for epoch, weights in enumerate(trail[1:], 1):
@@ -220,118 +484,269 @@ def _sharp_path(model:nn.Module, trail:list[dict], method:str, rows:Any)->list[d
     return found
 
 # %% ../nbs/studies.ipynb #6c8b80e2
-def landscape_part(task_name:str="movies", seed:int=0)->None:
+def landscape_part(task_name: str = "movies", seed: int = 0) -> None:
     "Train the five students of the landscape chapter and store its sweeps; about ten minutes on one core."
     torch.set_num_threads(1)  # the same bits wherever it runs
     started, path = time.perf_counter(), study_path("landscape", task_name, seed)
     folder = path.parent
     _, train, test = _task(task_name)
     rows = training_rows(train, SETTINGS["same-rows"], 0).select(range(512))
-    sets, runs = dict(train=rows, test=test.select(range(512))), [("alone", 0), ("hinton", 0), ("alone", 1), ("annealing_kd", 0), ("continuation_kd", 0)]
+    sets, runs = (
+        dict(train=rows, test=test.select(range(512))),
+        [
+            ("alone", 0),
+            ("hinton", 0),
+            ("alone", 1),
+            ("annealing_kd", 0),
+            ("continuation_kd", 0),
+        ],
+    )
     walks = {f"{method}-{seed}": _walk(method, seed) for method, seed in runs}
     models = {name: model for name, (model, _, _) in walks.items()}
     alone, weights = models["alone-0"], trained_weights(models["alone-0"])
-    told = {f"{split}_{column}": torch.tensor(data[name]) for split, data in sets.items() for column, name in (("labels", "label"), ("teacher_logits", "teacher_logits"))}
+    told = {
+        f"{split}_{column}": torch.tensor(data[name])
+        for split, data in sets.items()
+        for column, name in (("labels", "label"), ("teacher_logits", "teacher_logits"))
+    }
     save_tensors(told, folder / "rows.safetensors")
-    xs, directions = torch.linspace(-1, 1, 25), [random_direction(weights, seed) for seed in (0, 1)]
-    save_tensors(dict(xs=xs, ys=xs.clone(), train=logit_surface(alone, rows, directions, xs.tolist(), xs.tolist()).half()), folder / "alone.safetensors")
-    for name, tensors in zip(("lines", "plane"), _three(alone, models["hinton-0"], models["alone-1"], sets)): save_tensors(tensors, folder / f"{name}.safetensors")
-    numbers = {name: dict(sharpness=_sharp(m, rows), sharpness_10=_sharp(m, rows, steps=10), hessian_trace=asdict(hessian_trace(m, rows.select(range(256)), samples=20)),
-                          norm=sum(w.pow(2).sum().item() for w in trained_weights(m).values())**.5) for name, m in models.items()}
+    xs, directions = (
+        torch.linspace(-1, 1, 25),
+        [random_direction(weights, seed) for seed in (0, 1)],
+    )
+    save_tensors(
+        dict(
+            xs=xs,
+            ys=xs.clone(),
+            train=logit_surface(
+                alone, rows, directions, xs.tolist(), xs.tolist()
+            ).half(),
+        ),
+        folder / "alone.safetensors",
+    )
+    for name, tensors in zip(
+        ("lines", "plane"), _three(alone, models["hinton-0"], models["alone-1"], sets)
+    ):
+        save_tensors(tensors, folder / f"{name}.safetensors")
+    numbers = {
+        name: dict(
+            sharpness=_sharp(m, rows),
+            sharpness_10=_sharp(m, rows, steps=10),
+            hessian_trace=asdict(hessian_trace(m, rows.select(range(256)), samples=20)),
+            norm=sum(w.pow(2).sum().item() for w in trained_weights(m).values()) ** 0.5,
+        )
+        for name, m in models.items()
+    }
     for method in ("annealing_kd", "continuation_kd"):
         model, trail, _ = walks[f"{method}-0"]
-        save_tensors(_path_tensors(model, trail, rows), folder / f"{method}.safetensors")
-        numbers[f"{method}-0"]["path_sharpness"] = _sharp_path(model, trail, method, rows)
-    write_json(dict(setting=asdict(SETTINGS["same-rows"]), rows="512 of the training rows of seed 0, the first 512 test rows", runs={name: said for name, (_, _, said) in walks.items()},
-                    numbers=numbers, seconds=round(time.perf_counter() - started), **provenance()), path)
+        save_tensors(
+            _path_tensors(model, trail, rows), folder / f"{method}.safetensors"
+        )
+        numbers[f"{method}-0"]["path_sharpness"] = _sharp_path(
+            model, trail, method, rows
+        )
+    write_json(
+        dict(
+            setting=asdict(SETTINGS["same-rows"]),
+            rows="512 of the training rows of seed 0, the first 512 test rows",
+            runs={name: said for name, (_, _, said) in walks.items()},
+            numbers=numbers,
+            seconds=round(time.perf_counter() - started),
+            **provenance(),
+        ),
+        path,
+    )
 
 # %% ../nbs/studies.ipynb #b204e16b
-COSTS = {"same-rows": ("hinton", "glitter_random", "glitter_all", "glitter", "annealing_kd", "mate_kd", "combined_still", "combined_kd"),
-         "same-rows-1x32": ("hinton", "glitter_random", "glitter_all", "glitter"), "digits": ("hinton", "glitter_random", "glitter_all", "glitter")}
+COSTS = {
+    "same-rows": (
+        "hinton",
+        "glitter_random",
+        "glitter_all",
+        "glitter",
+        "annealing_kd",
+        "mate_kd",
+        "combined_still",
+        "combined_kd",
+    ),
+    "same-rows-1x32": ("hinton", "glitter_random", "glitter_all", "glitter"),
+    "digits": ("hinton", "glitter_random", "glitter_all", "glitter"),
+}
 
-def cost_part(setting_name:str, repeats:int=40)->None:
+
+def cost_part(setting_name: str, repeats: int = 40) -> None:
     "Time updates of first stages side by side, and store how many of plain KD's each of them takes."
     torch.set_num_threads(1)
     setting = setting_of(setting_name)
     rows, updates = training_rows(_task(setting.task)[1], setting, 0), {}
     for method in COSTS[setting_name]:
-        student, mine, more = METHODS[method].prepare(setting, _student(setting, 0), rows)
+        student, mine, more = METHODS[method].prepare(
+            setting, _student(setting, 0), rows
+        )
         stage = METHODS[method].recipe(setting, 1e-3, **more).stages[0]
-        columns = [c for name in ("requires", "optional") for c in getattr(stage.objective, name, ())]
-        updates[method] = _updater(student, stage, Rows(encode(mine, student), ("label", *columns)))
+        columns = [
+            c
+            for name in ("requires", "optional")
+            for c in getattr(stage.objective, name, ())
+        ]
+        updates[method] = _updater(
+            student, stage, Rows(encode(mine, student), ("label", *columns))
+        )
     seconds = {method: [] for method in updates}
     for turn in range(-2, repeats):  # the first two warm up
         for method, update in updates.items():
             spent = update(turn, repeats)
-            if turn >= 0: seconds[method].append(spent)
-    ratio = {method: round(statistics.mean(spent) / statistics.mean(seconds["hinton"]), 3) for method, spent in seconds.items()}
-    write_json(dict(setting=setting_name, repeats=repeats, ratio=ratio, **provenance()), study_path("cost", setting_name))
+            if turn >= 0:
+                seconds[method].append(spent)
+    ratio = {
+        method: round(statistics.mean(spent) / statistics.mean(seconds["hinton"]), 3)
+        for method, spent in seconds.items()
+    }
+    write_json(
+        dict(setting=setting_name, repeats=repeats, ratio=ratio, **provenance()),
+        study_path("cost", setting_name),
+    )
 
 # %% ../nbs/studies.ipynb #a2e29c4a
-def _updater(student:nn.Module, stage:Any, rows:Rows)->Callable[[int,int],float]:
+def _updater(student: nn.Module, stage: Any, rows: Rows) -> Callable[[int, int], float]:
     "A function that does one update on the batch of a turn and returns its seconds."
     order = list(LengthBuckets(rows.lengths, stage.batch_size))
-    optimizer = torch.optim.AdamW([p for p in student.parameters() if p.requires_grad], lr=stage.lr)
-    def update(turn:int, turns:int)->float:
+    optimizer = torch.optim.AdamW(
+        [p for p in student.parameters() if p.requires_grad], lr=stage.lr
+    )
+
+    def update(turn: int, turns: int) -> float:
         batch = rows.batch(order[turn % len(order)])
-        progress = Progress(0, stage.epochs, max(0, 100 * turn // turns), 100)  # over a whole round of a generator's turns
+        progress = Progress(
+            0, stage.epochs, max(0, 100 * turn // turns), 100
+        )  # over a whole round of a generator's turns
         started = time.perf_counter()
         stage.objective(student.train(), batch, progress).total.backward()
-        optimizer.step(); optimizer.zero_grad()
+        optimizer.step()
+        optimizer.zero_grad()
         return time.perf_counter() - started
+
     return update
 
 # %% ../nbs/studies.ipynb #e1ae7543
-ROBUST = ("alone", "hinton", "annealing_kd", "glitter_random", "mate_kd", "combined_still", "combined_kd")
+ROBUST = (
+    "alone",
+    "hinton",
+    "annealing_kd",
+    "glitter_random",
+    "mate_kd",
+    "combined_still",
+    "combined_kd",
+)
 
-def robustness_part(setting_name:str, seed:int, sentences:int=100)->None:
+
+def robustness_part(setting_name: str, seed: int, sentences: int = 100) -> None:
     "Attack one seed's students, and store the outcome."
     torch.set_num_threads(1)
     task, train, _ = _task("movies")
-    some, guard, judge = task["test"].select(range(sentences)), Leaning(train["text"], train["label"]), movie_teacher()
+    some, guard, judge = (
+        task["test"].select(range(sentences)),
+        Leaning(train["text"], train["label"]),
+        movie_teacher(),
+    )
     students = {method: kept_student(setting_name, method, seed) for method in ROBUST}
-    found = {method: attack(student, some, allow=guard, progress=False) for method, student in students.items()}
-    record = dict(settings=dict(setting=setting_name, seed=seed, sentences=sentences), methods={}, transfer={}, **provenance())
+    found = {
+        method: attack(student, some, allow=guard, progress=False)
+        for method, student in students.items()
+    }
+    record = dict(
+        settings=dict(setting=setting_name, seed=seed, sentences=sentences),
+        methods={},
+        transfer={},
+        **provenance(),
+    )
     for method, outcome in found.items():
-        logits, labels = predict_logits(students[method], task["test"], progress=False), torch.tensor(task["test"]["label"])
-        record["methods"][method] = dict(**outcome.summary(), answers=[[r["before"], r["after"]] for r in outcome.rows], teacher=_answers(judge, outcome.texts),
-                                         rater_gap=rater_gap(logits, torch.tensor(task["test"]["human_probs"])), ece=ece(logits, labels))
+        logits, labels = (
+            predict_logits(students[method], task["test"], progress=False),
+            torch.tensor(task["test"]["label"]),
+        )
+        record["methods"][method] = dict(
+            **outcome.summary(),
+            answers=[[r["before"], r["after"]] for r in outcome.rows],
+            teacher=_answers(judge, outcome.texts),
+            rater_gap=rater_gap(logits, torch.tensor(task["test"]["human_probs"])),
+            ece=ece(logits, labels),
+        )
     for source in ("hinton", "annealing_kd"):
-        record["transfer"][source] = {method: _answers(student, found[source].texts) for method, student in students.items()}
-    record["examples"] = {method: [r for r in found[method].rows if r["before"] == r["label"] != r["after"]][:4] for method in ("hinton", "combined_kd")}
+        record["transfer"][source] = {
+            method: _answers(student, found[source].texts)
+            for method, student in students.items()
+        }
+    record["examples"] = {
+        method: [
+            r for r in found[method].rows if r["before"] == r["label"] != r["after"]
+        ][:4]
+        for method in ("hinton", "combined_kd")
+    }
     write_json(record, study_path("robustness", setting_name, seed))
 
-def _answers(model:nn.Module, texts:list[str])->list[int]:
+
+def _answers(model: nn.Module, texts: list[str]) -> list[int]:
     from datasets import Dataset
-    return predict_logits(model, Dataset.from_dict({"text": texts}), progress=False).argmax(-1).tolist()
+
+    return (
+        predict_logits(model, Dataset.from_dict({"text": texts}), progress=False)
+        .argmax(-1)
+        .tolist()
+    )
 
 # %% ../nbs/studies.ipynb #06686de5
-def flatness_parts(seeds:int)->dict[tuple,int]: # arguments of `flatness_part` -> how long it is
+def flatness_parts(
+    seeds: int,
+) -> dict[tuple, int]:  # arguments of `flatness_part` -> how long it is
     "All parts of the study of flatness."
-    return {(name, seed): 1 for seed in range(seeds) for name in ("digits", "same-rows")}
+    return {
+        (name, seed): 1 for seed in range(seeds) for name in ("digits", "same-rows")
+    }
 
-def landscape_parts(seeds:int)->dict[tuple,int]: # arguments of `landscape_part` -> how long it is
+
+def landscape_parts(
+    seeds: int,
+) -> dict[tuple, int]:  # arguments of `landscape_part` -> how long it is
     "The one part of the landscape chapter."
     return {("movies", 0): 1}
 
-def cost_parts(seeds:int)->dict[tuple,int]: # arguments of `cost_part` -> how long it is
+
+def cost_parts(
+    seeds: int,
+) -> dict[tuple, int]:  # arguments of `cost_part` -> how long it is
     "A part for each setting."
     return {(name,): 1 for name in COSTS}
 
-def robustness_parts(seeds:int)->dict[tuple,int]: # arguments of `robustness_part` -> how long it is
+
+def robustness_parts(
+    seeds: int,
+) -> dict[tuple, int]:  # arguments of `robustness_part` -> how long it is
     "A part for each seed."
     return {("same-rows", seed): 1 for seed in range(seeds)}
 
-STUDIES = {"cost": (cost_part, cost_parts), "robustness": (robustness_part, robustness_parts), "noise": (noise_part, noise_parts), "flatness": (flatness_part, flatness_parts), "landscape": (landscape_part, landscape_parts)}
+
+STUDIES = {
+    "cost": (cost_part, cost_parts),
+    "robustness": (robustness_part, robustness_parts),
+    "noise": (noise_part, noise_parts),
+    "flatness": (flatness_part, flatness_parts),
+    "landscape": (landscape_part, landscape_parts),
+}
 
 # %% ../nbs/studies.ipynb #9eec13c1
 def run_study(
-    study:str, # a key of STUDIES
-    seeds:int=5, # 0 .. seeds - 1
-    jobs:int=1, # parts at once, one thread each
-)->None:
+    study: str,  # a key of STUDIES
+    seeds: int = 5,  # 0 .. seeds - 1
+    jobs: int = 1,  # parts at once, one thread each
+) -> None:
     "Run the parts of a study that are missing. Interrupt and call again at will."
-    if study not in STUDIES: raise ValueError(f"no study {study!r}; there are {', '.join(STUDIES)}")
+    if study not in STUDIES:
+        raise ValueError(f"no study {study!r}; there are {', '.join(STUDIES)}")
     work, parts = STUDIES[study]
-    missing = {key: size for key, size in parts(seeds).items() if not study_path(study, *key).exists()}
+    missing = {
+        key: size
+        for key, size in parts(seeds).items()
+        if not study_path(study, *key).exists()
+    }
     run_calls(work, missing, jobs, study, "part")

@@ -28,30 +28,42 @@ def _png(fig, dpi, colors):
     "The figure's whole page as a PNG with a palette, and its size in pixels; the same figure gives the same bytes."
     fig.set_dpi(dpi)
     canvas, small = FigureCanvasAgg(fig), io.BytesIO()
-    canvas.draw() # `savefig` would lay the figure out twice, and crop it where the reader's settings say so
-    page = Image.frombytes("RGBA", canvas.get_width_height(), bytes(canvas.buffer_rgba()))
-    page = Image.alpha_composite(Image.new("RGBA", page.size, "white"), page).convert("RGB")
+    canvas.draw()  # `savefig` would lay the figure out twice, and crop it where the reader's settings say so
+    page = Image.frombytes(
+        "RGBA", canvas.get_width_height(), bytes(canvas.buffer_rgba())
+    )
+    page = Image.alpha_composite(Image.new("RGBA", page.size, "white"), page).convert(
+        "RGB"
+    )
     page.quantize(colors, dither=Image.Dither.NONE).save(small, "PNG", optimize=True)
     return small.getvalue(), page.size
 
 # %% ../nbs/widgets.ipynb #811176a9
 def _label(value):
     "A value as text: at most six significant digits for a number, `str` for the rest."
-    try: return f"{value:g}"
-    except (TypeError, ValueError): return str(value)
+    try:
+        return f"{value:g}"
+    except (TypeError, ValueError):
+        return str(value)
+
 
 def _drawn(draw, point, where):
     "The figure that `draw` returns, closed; figures that it left open by mistake are closed too."
     before = set(plt.get_fignums())
-    try: fig = draw(*point)
+    try:
+        fig = draw(*point)
     except Exception as error:
         error.add_note(f"Raised by the slider's draw function at {where}.")
         raise
     finally:
-        for number in set(plt.get_fignums()) - before: plt.close(number)
-    if isinstance(fig, Figure): return fig
-    raise TypeError(f"the draw function returned {type(fig).__name__}, not a matplotlib Figure, at {where}: "
-                    "end it with `return fig` (or `return ax.figure`)")
+        for number in set(plt.get_fignums()) - before:
+            plt.close(number)
+    if isinstance(fig, Figure):
+        return fig
+    raise TypeError(
+        f"the draw function returned {type(fig).__name__}, not a matplotlib Figure, at {where}: "
+        "end it with `return fig` (or `return ax.figure`)"
+    )
 
 # %% ../nbs/widgets.ipynb #fceb22ac
 def _film(draw, axes, names, labels, alt, dpi, colors):
@@ -64,28 +76,46 @@ def _film(draw, axes, names, labels, alt, dpi, colors):
         frame, size = _png(fig, dpi, colors)
         first = first or (size, fig.get_size_inches())
         if size != first[0]:
-            raise ValueError(f"the figure at {where} has {size} pixels, the first one {first[0]}: "
-                             "give every figure the same figsize")
+            raise ValueError(
+                f"the figure at {where} has {size} pixels, the first one {first[0]}: "
+                "give every figure the same figsize"
+            )
         frames.append(frame)
-        alts.append(str(alt(*point)) if callable(alt) else f"{alt} ({where})" if alt else f"Picture for {where}")
+        alts.append(
+            str(alt(*point))
+            if callable(alt)
+            else f"{alt} ({where})"
+            if alt
+            else f"Picture for {where}"
+        )
     return frames, alts, first[1]
 
 # %% ../nbs/widgets.ipynb #b5dcb4d9
 MOST_FRAMES = 60
 
+
 def _check(axes, names, start):
     "Complains about values and starts that no slider can show."
     for name, values, at in zip(names, axes, start):
         if not values:
-            raise ValueError(f"the slider {name!r} has no values: give a list of at least one, such as [1, 2, 4]")
+            raise ValueError(
+                f"the slider {name!r} has no values: give a list of at least one, such as [1, 2, 4]"
+            )
         if not 0 <= at < len(values):
-            raise ValueError(f"start = {at} for the slider {name!r} with {len(values)} values: "
-                             f"start is a position, 0 to {len(values) - 1}")
-    total, sizes = math.prod(map(len, axes)), " x ".join(str(len(values)) for values in axes)
+            raise ValueError(
+                f"start = {at} for the slider {name!r} with {len(values)} values: "
+                f"start is a position, 0 to {len(values) - 1}"
+            )
+    total, sizes = (
+        math.prod(map(len, axes)),
+        " x ".join(str(len(values)) for values in axes),
+    )
     if total > MOST_FRAMES:
         which = " and ".join(map(repr, names))
-        raise ValueError(f"{sizes} = {total} frames for {which}, the limit is {MOST_FRAMES}: "
-                         "pass fewer values, such as every second one, values[::2]")
+        raise ValueError(
+            f"{sizes} = {total} frames for {which}, the limit is {MOST_FRAMES}: "
+            "pass fewer values, such as every second one, values[::2]"
+        )
 
 # %% ../nbs/widgets.ipynb #51bfdd8c
 _STYLE = """.kd-explore{box-sizing:border-box;display:inline-block;max-width:100%;margin:.5em 0;padding:.6em .8em;
@@ -158,84 +188,157 @@ _PLAY = """  const button = card.querySelector("button"), first = sliders[0];
 def _twin(frames, alts, inches, names, labels, start, play):
     "The HTML of a slider: a still picture, and the script that puts sliders above it."
     places = list(product(*(range(len(said)) for said in labels)))
-    first, code = places.index(tuple(start)), [base64.b64encode(frame).decode() for frame in frames]
+    first, code = (
+        places.index(tuple(start)),
+        [base64.b64encode(frame).decode() for frame in frames],
+    )
     safe = [html.escape(name) for name in names]
     now = [html.escape(said[at]) for said, at in zip(labels, start)]
-    buttons = [_BUTTON if play else ""] + [""]*len(names)
-    rows = [_ROW.substitute(name=name, last=len(said) - 1, start=at, text=text, button=button)
-            for name, said, at, text, button in zip(safe, labels, start, now, buttons)]
+    buttons = [_BUTTON if play else ""] + [""] * len(names)
+    rows = [
+        _ROW.substitute(
+            name=name, last=len(said) - 1, start=at, text=text, button=button
+        )
+        for name, said, at, text, button in zip(safe, labels, start, now, buttons)
+    ]
     others = ["" if k == first else text for k, text in enumerate(code)]
     data = json.dumps(dict(rows="".join(rows), frames=others, alts=alts, labels=labels))
-    uid = "kd" + hashlib.sha256((data + code[first] + str(play)).encode()).hexdigest()[:12]
-    script = _SCRIPT.substitute(data=data.replace("<", "\\u003c"), uid=uid, play=_PLAY if play else "")
-    width, height = (round(96*side) for side in inches)
+    uid = (
+        "kd"
+        + hashlib.sha256((data + code[first] + str(play)).encode()).hexdigest()[:12]
+    )
+    script = _SCRIPT.substitute(
+        data=data.replace("<", "\\u003c"), uid=uid, play=_PLAY if play else ""
+    )
+    width, height = (round(96 * side) for side in inches)
     where = ", ".join(f"{name} = {text}" for name, text in zip(safe, now))
-    return _TWIN.substitute(style=_STYLE, uid=uid, title=", ".join(safe), width=width, height=height,
-                            alt=html.escape(alts[first]), frame=code[first], where=where, script=script)
+    return _TWIN.substitute(
+        style=_STYLE,
+        uid=uid,
+        title=", ".join(safe),
+        width=width,
+        height=height,
+        alt=html.escape(alts[first]),
+        frame=code[first],
+        where=where,
+        script=script,
+    )
 
 # %% ../nbs/widgets.ipynb #6d7a3f02
 def _slider(name, said, at):
     "A live slider over the positions of the texts in `said`."
     options = [(text, k) for k, text in enumerate(said)]
-    return W.SelectionSlider(options=options, index=at, description=name, style={"description_width": "initial"})
+    return W.SelectionSlider(
+        options=options,
+        index=at,
+        description=name,
+        style={"description_width": "initial"},
+    )
 
 # %% ../nbs/widgets.ipynb #d8b99a9f
 class _Sliders(W.VBox):
     "What one slider and two have in common: frames drawn once, shown by live widgets and by their twin."
+
     def __init__(self, draw, axes, names, start, alt, formatter, play, dpi, colors):
-        axes, names, start = [list(values) for values in axes], [str(name) for name in names], list(start)
+        axes, names, start = (
+            [list(values) for values in axes],
+            [str(name) for name in names],
+            list(start),
+        )
         _check(axes, names, start)
-        self.names, self.labels = names, [[str((formatter or _label)(value)) for value in values] for values in axes]
-        self.frames, self.alts, self.inches = _film(draw, axes, names, self.labels, alt, dpi, colors)
-        self.html = _twin(self.frames, self.alts, self.inches, names, self.labels, start, play)
-        self.sliders, self.picture = [_slider(*parts) for parts in zip(names, self.labels, start)], W.HTML()
-        for slider in self.sliders: slider.observe(self._show, "index")
+        self.names, self.labels = (
+            names,
+            [
+                [str((formatter or _label)(value)) for value in values]
+                for values in axes
+            ],
+        )
+        self.frames, self.alts, self.inches = _film(
+            draw, axes, names, self.labels, alt, dpi, colors
+        )
+        self.html = _twin(
+            self.frames, self.alts, self.inches, names, self.labels, start, play
+        )
+        self.sliders, self.picture = (
+            [_slider(*parts) for parts in zip(names, self.labels, start)],
+            W.HTML(),
+        )
+        for slider in self.sliders:
+            slider.observe(self._show, "index")
         self._show()
-        player = [W.Play(value=start[0], max=len(axes[0]) - 1, interval=700)] if play else []
-        for each in player: W.link((each, "value"), (self.sliders[0], "index"))
-        super().__init__([W.HBox([self.sliders[0], *player]), *self.sliders[1:], self.picture])
+        player = (
+            [W.Play(value=start[0], max=len(axes[0]) - 1, interval=700)] if play else []
+        )
+        for each in player:
+            W.link((each, "value"), (self.sliders[0], "index"))
+        super().__init__(
+            [W.HBox([self.sliders[0], *player]), *self.sliders[1:], self.picture]
+        )
 
     def _show(self, change=None):
         k = 0
-        for slider, said in zip(self.sliders, self.labels): k = k*len(said) + slider.index
+        for slider, said in zip(self.sliders, self.labels):
+            k = k * len(said) + slider.index
         data, alt = base64.b64encode(self.frames[k]).decode(), html.escape(self.alts[k])
-        self.picture.value = (f'<img alt="{alt}" width="{round(96*self.inches[0])}" '
-                              f'style="max-width:100%;height:auto" src="data:image/png;base64,{data}">')
+        self.picture.value = (
+            f'<img alt="{alt}" width="{round(96 * self.inches[0])}" '
+            f'style="max-width:100%;height:auto" src="data:image/png;base64,{data}">'
+        )
 
     def _repr_mimebundle_(self, **kwargs):
         live = super()._repr_mimebundle_(**kwargs)
         text = f"{type(self).__name__}: {len(self.frames)} frames over {', '.join(self.names)}"
-        return {**(live[0] if isinstance(live, tuple) else live), "text/plain": text, "text/html": self.html}
+        return {
+            **(live[0] if isinstance(live, tuple) else live),
+            "text/plain": text,
+            "text/html": self.html,
+        }
 
 # %% ../nbs/widgets.ipynb #4af5cd88
 class Explore(_Sliders):
     "A slider over `values` that shows `draw(value)`, with a kernel or without; every frame is drawn once, at the start."
-    def __init__(self,
-        draw:Callable, # draw(value) -> matplotlib Figure, of one size for all values
-        values:Sequence, # 1 to 60 values
-        name:str="value", # what the slider is called on the page
-        start:int=0, # position in `values` of the first picture
-        alt="", # text for those who do not see the picture, or alt(value) -> that text
-        formatter:Callable|None=None, # formatter(value) -> text beside the slider; None writes numbers short
-        play:bool=False, # adds a button that runs through the values
-        dpi:int=132, # pixels per inch of figure; the page shows 96 per inch
-        colors:int=48, # colours per frame, 2 to 256
+
+    def __init__(
+        self,
+        draw: Callable,  # draw(value) -> matplotlib Figure, of one size for all values
+        values: Sequence,  # 1 to 60 values
+        name: str = "value",  # what the slider is called on the page
+        start: int = 0,  # position in `values` of the first picture
+        alt="",  # text for those who do not see the picture, or alt(value) -> that text
+        formatter: Callable
+        | None = None,  # formatter(value) -> text beside the slider; None writes numbers short
+        play: bool = False,  # adds a button that runs through the values
+        dpi: int = 132,  # pixels per inch of figure; the page shows 96 per inch
+        colors: int = 48,  # colours per frame, 2 to 256
     ):
-        super().__init__(draw, [values], [name], [start], alt, formatter, play, dpi, colors)
+        super().__init__(
+            draw, [values], [name], [start], alt, formatter, play, dpi, colors
+        )
 
 # %% ../nbs/widgets.ipynb #4c703acd
 class Explore2(_Sliders):
     "Two sliders that show `draw(x, y)`, with a kernel or without; the whole grid of frames is drawn once, at the start."
-    def __init__(self,
-        draw:Callable, # draw(x, y) -> matplotlib Figure, of one size for all pairs
-        xs:Sequence, # values of the first slider; at most 60 pairs in all
-        ys:Sequence, # values of the second slider
-        names:Sequence[str]=("x", "y"), # what the two sliders are called on the page
-        start:Sequence[int]=(0, 0), # positions in `xs` and `ys` of the first picture
-        alt="", # text for those who do not see the picture, or alt(x, y) -> that text
-        formatter:Callable|None=None, # formatter(value) -> text beside either slider; None writes numbers short
-        play:bool=False, # adds a button that runs through `xs`
-        dpi:int=132, # pixels per inch of figure; the page shows 96 per inch
-        colors:int=48, # colours per frame, 2 to 256
+
+    def __init__(
+        self,
+        draw: Callable,  # draw(x, y) -> matplotlib Figure, of one size for all pairs
+        xs: Sequence,  # values of the first slider; at most 60 pairs in all
+        ys: Sequence,  # values of the second slider
+        names: Sequence[str] = (
+            "x",
+            "y",
+        ),  # what the two sliders are called on the page
+        start: Sequence[int] = (
+            0,
+            0,
+        ),  # positions in `xs` and `ys` of the first picture
+        alt="",  # text for those who do not see the picture, or alt(x, y) -> that text
+        formatter: Callable
+        | None = None,  # formatter(value) -> text beside either slider; None writes numbers short
+        play: bool = False,  # adds a button that runs through `xs`
+        dpi: int = 132,  # pixels per inch of figure; the page shows 96 per inch
+        colors: int = 48,  # colours per frame, 2 to 256
     ):
-        super().__init__(draw, [xs, ys], names, start, alt, formatter, play, dpi, colors)
+        super().__init__(
+            draw, [xs, ys], names, start, alt, formatter, play, dpi, colors
+        )

@@ -14,7 +14,7 @@ from kdbook.annealing_kd import (
     recipe,
     temperature_schedule,
 )
-from kdbook.distillation import soft_targets
+from kdbook.losses import soft_targets
 from kdbook.models import image_net
 from kdbook.training import (
     Callback,

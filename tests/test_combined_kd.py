@@ -11,8 +11,9 @@ from tiny_text import TOKENIZER, WORDS, bert, generator, rows
 
 from kdbook import annealing_kd
 from kdbook import combined_kd as ck
-from kdbook.distillation import Rows, forward, hinton_loss, logit_mse
+from kdbook.losses import hinton_loss, logit_mse
 from kdbook.models import cnn_student, image_net, lstm_student
+from kdbook.rows import Rows, forward
 from kdbook.training import Progress, fit
 
 BATCH = Rows(rows(16), ("label", "teacher_logits")).batch(list(range(16)))

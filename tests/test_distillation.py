@@ -11,19 +11,15 @@ from hypothesis import strategies as st
 from torch import nn
 
 from kdbook import distillation
-from kdbook.distillation import (
-    Rows,
-    annotate,
-    encode,
-    forward,
+from kdbook.distillation import annotate
+from kdbook.losses import (
     hinton_loss,
-    length_sorted,
     logit_mse,
-    predict_logits,
     reduce_loss,
     soft_target_loss,
     soft_targets,
 )
+from kdbook.rows import Rows, encode, forward, length_sorted, predict_logits
 
 FAST = settings(max_examples=60, deadline=None)
 SHAPES = st.tuples(st.integers(1, 4), st.integers(2, 5))

@@ -248,8 +248,8 @@ def test_scores_by_hand():
 
 def test_evaluate_scores_every_split_but_train():
     datasets = pytest.importorskip("datasets")
-    from kdbook.distillation import predict_logits
     from kdbook.models import image_net
+    from kdbook.rows import predict_logits
 
     rng = np.random.default_rng(0)
     split = lambda n: datasets.Dataset.from_dict(

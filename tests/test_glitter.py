@@ -9,13 +9,8 @@ from test_training import same
 from tiny_text import bert, rows
 
 from kdbook import glitter as gl
-from kdbook.distillation import (
-    Rows,
-    forward,
-    hinton_loss,
-    soft_target_loss,
-    with_column,
-)
+from kdbook.losses import hinton_loss, soft_target_loss
+from kdbook.rows import Rows, forward, with_column
 from kdbook.training import Progress, fit
 
 COLUMNS = (

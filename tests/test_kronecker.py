@@ -14,7 +14,7 @@ from torch import nn
 
 from kdbook import kronecker as kr
 from kdbook import kronecker_bert as kb
-from kdbook.distillation import Rows
+from kdbook.rows import Rows
 from kdbook.training import Progress
 
 DIVISORS = st.sampled_from([1, 2, 3, 4, 5, 6])

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.func import functional_call, hessian
 
-from kdbook.distillation import annotate, predict_logits
+from kdbook.distillation import annotate
 from kdbook.landscape import (
     Estimate,
     direction_to,
@@ -28,6 +28,7 @@ from kdbook.landscape import (
     trained_weights,
 )
 from kdbook.models import cnn_student, image_net, lstm_student, student
+from kdbook.rows import predict_logits
 
 FAST = settings(max_examples=30, deadline=None)
 seeds = st.integers(0, 10**6)

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from test_training import go, images, net, same
 
 from kdbook.data import load_task
-from kdbook.distillation import annotate, with_column
+from kdbook.distillation import annotate
 from kdbook.models import image_net
 from kdbook.noisy_label_kd import (
     Memorisation,
@@ -28,6 +28,7 @@ from kdbook.noisy_label_kd import (
     support_of,
     transition_matrix,
 )
+from kdbook.rows import with_column
 from kdbook.training import CrossEntropy, Progress, Recipe, Stage, fit
 
 FAST = settings(max_examples=60, deadline=None)
@@ -297,7 +298,7 @@ def test_selection_recovers_what_noise_takes():
             progress=False,
         ).student
     )
-    from kdbook.distillation import predict_logits
+    from kdbook.rows import predict_logits
 
     inside = predict_logits(train(rows), rows, progress=False)
     outside = torch.tensor(

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from test_annealing_kd import changed, images, same, train
 
 from kdbook.annealing_kd import AnnealingKD, phi
-from kdbook.distillation import soft_target_loss
+from kdbook.losses import soft_target_loss
 from kdbook.models import image_net
 from kdbook.progressive_kd import (
     ProgressiveKD,

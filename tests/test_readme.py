@@ -11,7 +11,7 @@ ROOT = readme_table.README.parent
 
 
 def test_tables_are_fresh():
-    assert readme_table.renewed(README) == README, "run python tests/readme_table.py"
+    assert readme_table.renewed(README) == README, "run python tools/readme_table.py"
 
 
 def test_a_changed_table_is_noticed():

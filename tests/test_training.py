@@ -17,8 +17,8 @@ from hypothesis import strategies as st
 from torch import nn
 
 from kdbook import training
-from kdbook.distillation import forward
 from kdbook.models import image_net
+from kdbook.rows import forward
 from kdbook.training import (
     Callback,
     CrossEntropy,

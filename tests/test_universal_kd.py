@@ -7,8 +7,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_annealing_kd import changed, images
 
-from kdbook.distillation import Rows, annotate, fingerprint, predict_logits
+from kdbook.distillation import annotate
+from kdbook.files import fingerprint
 from kdbook.models import cnn_student, image_net, lstm_student
+from kdbook.rows import Rows, predict_logits
 from kdbook.training import CrossEntropy, Recipe, Stage, fit
 from kdbook.universal_kd import (
     HiddenKD,

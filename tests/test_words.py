@@ -118,7 +118,7 @@ def test_two_leanings_have_two_names_and_one_has_one():
 @settings(max_examples=60, deadline=None)
 @given(st.floats(0, 1), st.integers(0, 1000))
 def test_special_tokens_are_never_covered(rate, seed):
-    from kdbook.distillation import Rows
+    from kdbook.rows import Rows
 
     batch = Rows(rows(12, seed)).batch(list(range(12)))
     torch.manual_seed(seed)
@@ -134,7 +134,7 @@ def test_special_tokens_are_never_covered(rate, seed):
 
 
 def test_a_smaller_vocabulary_gives_columns_of_the_whole():
-    from kdbook.distillation import Rows
+    from kdbook.rows import Rows
 
     some, batch = torch.tensor([4, 7, 31]), Rows(rows(6)).batch(list(range(6)))
     whole, few = generator(), generator(vocabulary=torch.tensor([4, 7, 31]))

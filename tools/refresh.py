@@ -1,8 +1,8 @@
 """Re-run chapters in a fresh kernel each and store their outputs.
 
-python tests/refresh.py                 the stale ones
-python tests/refresh.py nbs/data.ipynb  the named ones, stale or not
-python tests/refresh.py --check         only say which are stale (exit code 1 when there are any)
+python tools/refresh.py                 the stale ones
+python tools/refresh.py nbs/data.ipynb  the named ones, stale or not
+python tools/refresh.py --check         only say which are stale (exit code 1 when there are any)
 
 A chapter is stale when the hash in its metadata is not the hash of its code cells, of every kdbook module they reach
 and, where a cell reads stored results, of the files in that folder of results/. A new torch or matplotlib does not make

@@ -1,4 +1,4 @@
-"""Run one chapter from clean into _run/NAME.ipynb, and leave nbs/ as it is: python tests/run_chapter.py annealing_kd"""
+"""Run one chapter from clean into _run/NAME.ipynb, and leave nbs/ as it is: python tools/run_chapter.py annealing_kd"""
 
 import sys
 import time

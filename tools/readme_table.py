@@ -42,6 +42,6 @@ if __name__ == "__main__":
     new = renewed(old)
     if "--check" in sys.argv:
         sys.exit(
-            "README.md is stale: python tests/readme_table.py" if new != old else 0
+            "README.md is stale: python tools/readme_table.py" if new != old else 0
         )
     README.write_text(new, encoding="utf-8")

@@ -1,4 +1,4 @@
-"""Build the site into _docs/ without Quarto: python tests/build_site.py
+"""Build the site into _docs/ without Quarto: python tools/build_site.py
 
 nbdev's filter fills in the API docs on a copy of the chapters, smalldocs renders them as _quarto.yml says, and formulas
 become MathML, which a browser shows without a network; where there is one, KaTeX then draws them finer.
