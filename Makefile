@@ -6,17 +6,19 @@ ARGS   ?=
 VENV   := .venv
 PY     := $(VENV)/bin/python
 READY  := $(VENV)/.kdbook-ready
+# As many processes as cores, one thread each: a chapter or a test is rarely quicker on two.
+JOBS   ?= $(shell nproc 2>/dev/null || sysctl -n hw.ncpu)
 
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
-.PHONY: help venv book test lab site refresh ladder clean
+.PHONY: help venv book test format fresh refresh site lab ladder check-house check-install clean
 .DEFAULT_GOAL := help
 
 help: ## list the targets
 	@echo "kdbook: a book that runs. Targets:"
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-9s %s\n", $$1, $$2 }' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' Makefile
 	@echo "Variables: PYTHON=python3.12 picks the interpreter; ARGS='-k data -x' goes to the target's program;"
-	@echo "           METHOD=$(METHOD) SEEDS=$(SEEDS) say which runs 'make ladder' completes."
+	@echo "           METHOD=$(METHOD) SEEDS=$(SEEDS) say which runs 'make ladder' completes; JOBS=$(JOBS) test processes."
 
 venv: $(READY) ## make .venv with the package and all its tools (2 to 5 minutes, once)
 
@@ -34,7 +36,7 @@ $(READY): constraints.txt settings.ini setup.py
 book: $(READY) ## fetch the data, run the Annealing-KD chapter, print its ladder, build the site (5 to 10 minutes)
 	@echo "== the default data and backbone, fetched once and verified (87 MB, half a minute)"
 	$(PY) -m kdbook fetch
-	@echo "== the chapter annealing_kd, run from clean into _run/ (about 3 minutes)"
+	@echo "== the chapter annealing_kd, run from clean into _run/ (about a minute)"
 	$(PY) tools/run_chapter.py annealing_kd
 	@echo "== its ladder of results, from the records in results/"
 	$(PY) -m kdbook table annealing_kd
@@ -44,22 +46,36 @@ book: $(READY) ## fetch the data, run the Annealing-KD chapter, print its ladder
 	@echo "Done. To read the site:       $(PY) -m http.server -d _docs 8000    then open http://localhost:8000"
 	@echo "To run and change chapters:   make lab"
 
-test: $(READY) ## run every test: chapters, exports, outputs, tests/ (5 to 10 minutes)
-	$(PY) -m pytest $(ARGS)
+test: $(READY) ## run every test: chapters, exports, outputs, format, tests/ (under 12 minutes on two cores)
+	OMP_NUM_THREADS=1 $(PY) -m pytest -n $(JOBS) --dist worksteal $(ARGS)
 
-lab: $(READY) ## open the chapters in JupyterLab
-	$(PY) -m jupyterlab nbs/index.ipynb
+format: $(READY) ## format notebooks, tools and tests, and mend what the linter can; then export
+	$(PY) -m ruff check --fix nbs tools tests $(ARGS)
+	$(PY) -m ruff format nbs tools tests
+	$(PY) -c "from nbdev.doclinks import nbdev_export; nbdev_export()"
+
+refresh: $(READY) ## export the package, then re-run the chapters that are stale (minutes a chapter)
+	$(PY) -c "from nbdev.doclinks import nbdev_export; nbdev_export()"
+	$(PY) tools/refresh.py $(ARGS)
+
+fresh: $(READY) ## fail where a stored output may be old, by its own cells, by records or by dependence
+	$(PY) tools/refresh.py --check
 
 site: $(READY) ## build the site into _docs/ (half a minute)
 	$(PY) tools/build_site.py
 
-refresh: $(READY) ## export the package, then re-run the chapters whose stored outputs are stale (minutes per chapter)
-	$(PY) -c "from nbdev.doclinks import nbdev_export; nbdev_export()"
-	$(PY) tools/refresh.py $(ARGS)
+lab: $(READY) ## open the chapters in JupyterLab
+	$(PY) -m jupyterlab nbs/index.ipynb
 
-ladder: $(READY) ## run what is missing of METHOD's benchmark records (hours for a whole ladder; it can be stopped and resumed)
+ladder: $(READY) ## run what is missing of METHOD's records (hours for a whole ladder; it can be stopped and resumed)
 	$(PY) -m kdbook ladder $(METHOD) --seeds $(SEEDS) $(ARGS)
 
+check-house: $(READY) ## measure what keeps the project easy to change, against the limits it set itself
+	$(PY) tools/house.py $(ARGS)
+
+check-install: $(READY) ## install the package as a stranger would, into a new environment (minutes)
+	$(PY) tools/check_install.py $(ARGS)
+
 clean: ## remove what the other targets wrote, .venv and results/ excepted
-	rm -rf _docs _proc _run build dist kdbook.egg-info .pytest_cache .hypothesis
-	find kdbook nbs tests -name __pycache__ -o -name .ipynb_checkpoints | xargs rm -rf
+	rm -rf _docs _proc _run build dist kdbook.egg-info .pytest_cache .ruff_cache .hypothesis
+	find kdbook nbs tests tools -name __pycache__ -o -name .ipynb_checkpoints | xargs rm -rf

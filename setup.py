@@ -1,4 +1,5 @@
 """Package metadata comes from settings.ini; setuptools only."""
+
 from configparser import ConfigParser
 from pathlib import Path
 
@@ -9,18 +10,26 @@ ini = ConfigParser(delimiters=["="])
 ini.read(here / "settings.ini", encoding="utf-8")
 cfg = ini["DEFAULT"]
 readme = here / "README.md"
+EXTRAS = ("train", "book", "jupyter", "dev")  # each holds those before it
 
 
 def words(*keys):
     "The distinct requirements under `keys`, in order."
-    return list(dict.fromkeys(word for key in keys for word in cfg.get(key, "").split()))
+    found = (word for key in keys for word in cfg[key].split())
+    return list(dict.fromkeys(found))
+
+
+def extra(name):
+    "The requirements of an extra."
+    within = EXTRAS[: EXTRAS.index(name) + 1]
+    return words(*(f"{each}_requirements" for each in within))
 
 
 setup(
     name=cfg["lib_name"],
     version=cfg["version"],
     description=cfg["description"],
-    long_description=readme.read_text(encoding="utf-8") if readme.exists() else cfg["description"],
+    long_description=readme.read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
     author=cfg["author"],
     author_email=cfg["author_email"],
@@ -30,8 +39,9 @@ setup(
     license_files=["LICENSE"],
     python_requires=">=" + cfg["min_python"],
     packages=find_packages(include=[cfg["lib_path"], cfg["lib_path"] + ".*"]),
+    package_data={cfg["lib_path"]: ["py.typed"]},
     install_requires=words("requirements"),
-    extras_require={"book": words("book_requirements"), "dev": words("book_requirements", "dev_requirements")},
+    extras_require={name: extra(name) for name in EXTRAS},
     entry_points={
         "console_scripts": [f"{cfg['lib_name']}={cfg['lib_path']}.__main__:main"],
         "nbdev": [f"{cfg['lib_path']}={cfg['lib_path']}._modidx:d"],

@@ -9,17 +9,16 @@ __all__ = ['arguments', 'main', 'print_ladder']
 import sys
 from typing import Iterable
 
-import kdbook.compression  # adds its studies
-from kdbook.benchmark import (
-    ladder_table,
-    recorded,
-    run_ladder,
-    train_teacher,
-    write_teacher_record,
-)
 from .data import fetch
-from .methods import LADDERS, METHODS, SETTINGS, setting_of, settings_for
-from .studies import STUDIES, run_study
+from .records.ladder import ladder_table, recorded
+from kdbook.records.settings import (
+    LADDERS,
+    METHODS,
+    SETTINGS,
+    STUDY_NAMES,
+    setting_of,
+    settings_for,
+)
 
 # %% ../nbs/command_line.ipynb #327bd559
 def arguments() -> "argparse.ArgumentParser":
@@ -28,41 +27,30 @@ def arguments() -> "argparse.ArgumentParser":
 
     parser = argparse.ArgumentParser(
         "python -m kdbook",
-        description="kdbook: data, the book's teacher, and the records behind its tables.",
+        description="kdbook: data, the book's teacher, and the records of its tables.",
     )
     commands = parser.add_subparsers(dest="command", required=True)
-    commands.add_parser(
-        "fetch",
-        help="get the default data and backbone into the cache, and verify them (about 90 MB)",
-    )
-    teacher = commands.add_parser(
-        "teacher",
-        help="train the book's teacher and store what it writes (about 15 minutes on two cores)",
+    add = lambda name, text: commands.add_parser(name, help=text, description=text)
+    add("fetch", "get the default data and backbone, and verify them (about 90 MB)")
+    teacher = add(
+        "teacher", "train the book's teacher and store what it writes (15 min)"
     )
     teacher.add_argument(
         "--keep-record",
         action="store_true",
         help="leave the weights in the cache, and the stored record as it is",
     )
-    study = commands.add_parser(
-        "study", help="run the missing parts of a study; resumable"
-    )
-    study.add_argument("study", choices=sorted(STUDIES), help="which question")
-    run = commands.add_parser(
-        "ladder",
-        help="run the missing records of a method and its baselines; resumable",
-    )
-    table = commands.add_parser(
-        "table", help="print a method's ladder from its records"
-    )
+    add("rows", "store labels and checksums of the rows that records are about")
+    study = add("study", "run the missing parts of a study; resumable")
+    study.add_argument("study", choices=STUDY_NAMES, help="which question")
+    run = add("ladder", "run what is missing of a method and its baselines; resumable")
+    table = add("table", "print a method's ladder from its records")
     for command in (run, table):
         command.add_argument(
             "method",
             choices=sorted({*METHODS, *LADDERS}),
             metavar="method",
-            help="the top rung: "
-            + ", ".join(LADDERS)
-            + ", or any other method of the benchmark",
+            help=f"the top rung: {', '.join(LADDERS)}, or any other method",
         )
         command.add_argument(
             "--setting",
@@ -71,45 +59,65 @@ def arguments() -> "argparse.ArgumentParser":
             help="may be repeated; default: all that fit",
         )
     for command in (run, study):
-        command.add_argument(
-            "--seeds", type=int, default=5, help="reported seeds (default 5)"
+        number = lambda name, n, text: command.add_argument(
+            name, type=int, default=n, help=f"{text} (default {n})"
         )
-        command.add_argument(
-            "--jobs",
-            type=int,
-            default=1,
-            help="runs at once, one thread each (default 1)",
-        )
+        number("--seeds", 5, "reported seeds")
+        number("--jobs", 1, "runs at once, one thread each")
     return parser
 
 # %% ../nbs/command_line.ipynb #77ad8b11
-def main(argv: list[str] | None = None) -> int:  # exit code
+def _workshop(args: "argparse.Namespace") -> None:
+    "Commands that make records. The workshop is loaded when one of them is asked for."
+    from kdbook.lab import (  # noqa: F401  it adds studies
+        compression,
+        run,
+        studies,
+        teachers,
+    )
+
+    if args.command == "teacher":
+        model, trail, seconds = teachers.train_teacher()
+        if args.keep_record:
+            print(trail.folder)
+        else:
+            print(teachers.write_teacher_record(model, trail, seconds))
+    elif args.command == "rows":
+        for task in ("movies", "digits", "characters"):
+            print(teachers.write_rows(task))
+        print(teachers.write_digits_record())
+    elif args.command == "study":
+        studies.run_study(args.study, args.seeds, args.jobs)
+    else:
+        run.run_ladder(args.method, args.setting, args.seeds, args.jobs)
+
+
+def main(
+    argv: list[str] | None = None,  # default: those of the command
+) -> int:  # exit code
     "Entry point of `python -m kdbook`."
     args = arguments().parse_args(argv)
     if args.command == "fetch":
         for name in ("movies", "minilm"):
             print(f"{name}: {fetch(name)}")
-    elif args.command == "teacher":
-        trained = train_teacher()
-        print(trained[1].folder if args.keep_record else write_teacher_record(*trained))
-    elif args.command == "study":
-        run_study(args.study, args.seeds, args.jobs)
-    elif args.command == "ladder":
-        run_ladder(args.method, args.setting, args.seeds, args.jobs)
-    else:
+    elif args.command == "table":
         print_ladder(args.method, args.setting or settings_for(args.method))
+    else:
+        _workshop(args)
     return 0
 
 # %% ../nbs/command_line.ipynb #ea94f415
-def print_ladder(method: str, settings: Iterable[str]) -> None:
+def print_ladder(
+    method: str,  # a key of METHODS or LADDERS
+    settings: Iterable[str],  # keys of SETTINGS
+) -> None:
     "Print the tables of a method's ladder."
-    there = recorded(method, among=SETTINGS)
+    complete = recorded(method, among=SETTINGS)
     for name in settings:
-        table = (
-            ladder_table(name, method).to_string()
-            if name in there
-            else f"no records of 3 seeds yet: python -m kdbook ladder {method} --setting {name}"
-        )
+        table = f"python -m kdbook ladder {method} --setting {name}"
+        table = f"no records of 3 seeds yet: {table}"
+        if name in complete:
+            table = ladder_table(name, method).to_string()
         print(f"{setting_of(name).title}\n\n{table}\n")
 
 # %% ../nbs/command_line.ipynb #a2c14fad

@@ -6,7 +6,7 @@
 __all__ = ['phi', 'temperature_schedule', 'annealing_loss', 'AnnealingKD', 'recipe']
 
 # %% ../nbs/annealing_kd.ipynb #acebd254
-from typing import Literal
+from typing import Any, Literal
 
 from torch import Tensor, nn
 
@@ -19,10 +19,13 @@ def phi(
     temperature: int,  # in 1..tau_max
     tau_max: int,  # largest temperature, >= 1
 ) -> float:  # in [1/tau_max, 1]: what the teacher's logits are multiplied by
-    "The annealing function, 1 - (temperature - 1) / tau_max. Raises `ValueError` outside 1 <= temperature <= tau_max."
+    """The annealing function, 1 - (temperature - 1) / tau_max.
+
+    Raises `ValueError` outside 1 <= temperature <= tau_max."""
     if not 1 <= temperature <= tau_max:
         raise ValueError(
-            f"temperature must be in 1..tau_max, got temperature={temperature}, tau_max={tau_max}"
+            "temperature must be in 1..tau_max, "
+            f"got temperature={temperature}, tau_max={tau_max}"
         )
     return 1 - (temperature - 1) / tau_max
 
@@ -38,10 +41,12 @@ def temperature_schedule(
         raise ValueError(f"tau_max must be >= 1, got {tau_max}")
     if epochs < tau_max:
         raise ValueError(
-            f"{epochs} epochs cannot hold {tau_max} temperatures: give at least tau_max={tau_max} epochs, or a tau_max of at most {epochs}"
+            f"{epochs} epochs cannot hold {tau_max} temperatures: "
+            f"give at least tau_max={tau_max} epochs, "
+            f"or a tau_max of at most {epochs}"
         )
-    each = epochs // tau_max
-    return [max(1, tau_max - epoch // each) for epoch in range(epochs)]
+    epochs_each = epochs // tau_max
+    return [max(1, tau_max - epoch // epochs_each) for epoch in range(epochs)]
 
 # %% ../nbs/annealing_kd.ipynb #1e10e052
 def annealing_loss(
@@ -50,14 +55,16 @@ def annealing_loss(
     phi: float = 1.0,  # in (0, 1]: scale of the teacher's logits
     reduction: Literal["mean", "none"] = "mean",  # "none": one value per example
 ) -> Tensor:  # squared logits, mean over classes
-    "Mean squared distance from the student's logits to `phi` times the teacher's. Raises `ValueError` if `phi` is outside (0, 1]."
+    """Mean squared distance from the student's logits to `phi` times the teacher's.
+
+    Raises `ValueError` if `phi` is outside (0, 1]."""
     if not 0 < phi <= 1:
         raise ValueError(f"phi must be in (0, 1], got {phi}")
     return logit_mse(student_logits, phi * teacher_logits, reduction)
 
 # %% ../nbs/annealing_kd.ipynb #1e56fa1b
 class AnnealingKD:
-    "Stage I: follow the teacher's logits while they grow from `1/tau_max` of their size to all of it."
+    "Stage I: follow the teacher's logits from `1/tau_max` of their size to all of it."
 
     requires, rows = ("teacher_logits",), "all"
 
@@ -69,59 +76,58 @@ class AnnealingKD:
             raise ValueError(f"tau_max must be >= 1, got {tau_max}")
         self.tau_max = tau_max
 
+    def settings(self) -> dict[str, Any]:
+        "Its argument."
+        return {"tau_max": self.tau_max}
+
     def check(
         self,
         stage: Stage,
         train: "datasets.Dataset",
         validation: "datasets.Dataset|None" = None,
     ) -> None:
-        "Called by `fit` before it starts: the epochs of the stage must hold all temperatures."
+        """Raise `ValueError` where the epochs of `stage` cannot hold all temperatures.
+
+        Called by `fit` before it starts."""
         temperature_schedule(stage.epochs, self.tau_max)
 
     def phi(self, progress: Progress) -> float:
-        "The scale in the epoch that `progress` is in; after the last one, that of the last."
+        "The scale in the epoch of `progress`; after the last epoch, the last one's."
+        temperatures = temperature_schedule(progress.epochs, self.tau_max)
         epoch = min(progress.epoch, progress.epochs - 1)
-        return phi(
-            temperature_schedule(progress.epochs, self.tau_max)[epoch], self.tau_max
-        )
+        return phi(temperatures[epoch], self.tau_max)
 
     def __call__(
         self, student: nn.Module, batch: dict[str, Tensor], progress: Progress
     ) -> Loss:
         "`annealing_loss` at this epoch's `phi`."
-        now = self.phi(progress)
-        return Loss(
-            annealing_loss(forward(student, batch), batch["teacher_logits"], now),
-            {"phi": now},
-        )
+        scale = self.phi(progress)
+        student_logits = forward(student, batch)
+        total = annealing_loss(student_logits, batch["teacher_logits"], scale)
+        return Loss(total, {"phi": scale})
 
 # %% ../nbs/annealing_kd.ipynb #7adc4c16
 def recipe(
     tau_max: int = 7,  # largest temperature
-    epochs: tuple[int, int] = (
-        14,
-        4,
-    ),  # of stage I (no labels) and of stage II (labels only)
+    epochs: tuple[int, int] = (14, 4),  # of stage I (no labels), of stage II (labels)
     lr: float = 5e-4,  # peak rate of both stages
     batch_size: int = 32,  # rows per update
     label_validate_every: int = 1,  # epochs between validations in stage II
 ) -> Recipe:  # for `fit`
-    "The two stages of Annealing-KD: annealed logits, best weights reloaded, fresh optimiser, hard labels."
-    temperature_schedule(
-        epochs[0], tau_max
-    )  # an impossible pair fails here, not an hour later
-    return Recipe(
-        (
-            Stage(
-                AnnealingKD(tau_max), epochs[0], lr, batch_size, name="annealed logits"
-            ),
-            Stage(
-                CrossEntropy(),
-                epochs[1],
-                lr,
-                batch_size,
-                validate_every=label_validate_every,
-                name="labels",
-            ),
-        )
+    """The two stages of Annealing-KD: annealed logits, then hard labels.
+
+    Stage II begins with the best weights of stage I and a fresh optimiser. Raises
+    `ValueError` where the epochs of stage I cannot hold all temperatures."""
+    temperature_schedule(epochs[0], tau_max)  # fails here, not an hour later
+    annealed = Stage(
+        AnnealingKD(tau_max), epochs[0], lr, batch_size, name="annealed logits"
     )
+    labels = Stage(
+        CrossEntropy(),
+        epochs[1],
+        lr,
+        batch_size,
+        validate_every=label_validate_every,
+        name="labels",
+    )
+    return Recipe((annealed, labels))

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['sample_words', 'mixed_embeddings', 'given_embeddings', 'gap', 'Rewriter', 'AdversarialStep', 'adversarial_gap',
-           'play', 'generator_step', 'MateKD', 'CombinedKD', 'recipe', 'mate_recipe']
+           'generator_step', 'play', 'MateKD', 'CombinedKD', 'recipe', 'mate_recipe']
 
 # %% ../nbs/combined_kd.ipynb #9a65a3b7
 from contextlib import contextmanager
@@ -24,15 +24,13 @@ from .words import MaskedGenerator, mask_tokens
 def sample_words(
     logits: Tensor,  # (holes, vocab_size)
 ) -> Tensor:  # (holes,), word numbers
-    "A word for each hole, drawn with the softmax's probabilities: what Gumbel noise and an argmax give, in less time."
+    """A word for each hole, drawn with the softmax's probabilities.
+
+    What Gumbel noise and an argmax give, in less time."""
     shares = logits.softmax(-1).cumsum(-1)
-    return (
-        torch.searchsorted(
-            shares, torch.rand(len(shares), 1, device=shares.device) * shares[:, -1:]
-        )
-        .flatten()
-        .clamp(max=logits.shape[-1] - 1)
-    )
+    drawn = torch.rand(len(shares), 1, device=shares.device) * shares[:, -1:]
+    words = torch.searchsorted(shares, drawn).flatten()
+    return words.clamp(max=logits.shape[-1] - 1)
 
 # %% ../nbs/combined_kd.ipynb #d7d55480
 def mixed_embeddings(
@@ -40,22 +38,23 @@ def mixed_embeddings(
     input_ids: Tensor,  # (batch, seq_len), the original words
     where: Tensor,  # (batch, seq_len), True at the holes
     words: Tensor,  # (holes, n), one-hot rows; gradient flows through them
-    vocabulary: Tensor
-    | None = None,  # (n,), the word number of each column; default: all, in order
+    vocabulary: Tensor | None = None,  # (n,), word number of a column; default: all
 ) -> Tensor:  # (batch, seq_len, hidden_size)
-    "The embeddings of the original words, and those of `words` in the holes (MATE-KD's mixed input)."
-    written = words.to(table.dtype) @ (
-        table if vocabulary is None else table[vocabulary]
-    )
+    "The embeddings of the original words, and in the holes those of `words` (MATE-KD)."
+    columns = table if vocabulary is None else table[vocabulary]
+    written = words.to(table.dtype) @ columns
     return F.embedding(input_ids, table).masked_scatter(where[..., None], written)
 
-
+# %% ../nbs/combined_kd.ipynb #a2c6786c
 @contextmanager
 def given_embeddings(
     model: nn.Module,  # any model with `get_input_embeddings`
     embeddings: Tensor,  # (batch, seq_len, hidden_size)
 ):
-    "Inside the block, the model's word embeddings are these, whatever `input_ids` says; positions, norms and dropout stay its own."
+    """Inside the block, the model's word embeddings are these.
+
+    It does not matter what `input_ids` says. Positions, norms and dropout stay the
+    model's own."""
     hook = model.get_input_embeddings().register_forward_hook(
         lambda layer, args, out: embeddings.to(out.dtype)
     )
@@ -68,14 +67,16 @@ def given_embeddings(
 def gap(
     teacher_logits: Tensor,  # (batch, num_labels); gradient flows through them as well
     student_logits: Tensor,  # same shape
-    kind: Literal[
-        "mse", "kl", "cross_entropy"
-    ] = "mse",  # squared error of logits; KL from teacher to student; the slip of public code
+    kind: Literal["mse", "kl", "cross_entropy"] = "mse",  # squared error of logits
 ) -> Tensor:  # scalar
-    "What the generator makes large. Raises `ValueError` for another `kind`."
+    """What the generator makes large: how far the student is from the teacher.
+
+    "kl" is the divergence from teacher to student, "cross_entropy" the slip of public
+    code. Raises `ValueError` for another `kind`."""
     if kind == "mse":
         return (teacher_logits - student_logits).pow(2).mean()
-    log_p, log_q = F.log_softmax(teacher_logits, -1), F.log_softmax(student_logits, -1)
+    log_p = F.log_softmax(teacher_logits, -1)
+    log_q = F.log_softmax(student_logits, -1)
     if kind == "kl":
         return (log_p.exp() * (log_p - log_q)).sum(-1).mean()
     if kind == "cross_entropy":
@@ -88,99 +89,78 @@ class Rewriter(Callback):
 
     def __init__(
         self,
-        teacher: nn.Module
-        | None = None,  # frozen here; None: the settings alone, to look at a recipe
-        generator: MaskedGenerator
-        | None = None,  # over the teacher's vocabulary; a copy of it is used
+        teacher: nn.Module | None = None,  # frozen here; None to look at a recipe
+        generator: MaskedGenerator | None = None,  # over the teacher's words; copied
         mask_rate: float = 0.3,  # in [0, 1]: share of tokens that are rewritten
-        bf16: bool = False,  # in the student's turn teacher and generator run in bfloat16, for hardware that is quicker at it
+        bf16: bool = False,  # run both in bfloat16 in the student's turn
     ):
         if not 0 <= mask_rate <= 1:
             raise ValueError(f"mask_rate must be in [0, 1], got {mask_rate}")
         if teacher is not None and generator is not None:
-            sizes = [
-                len(model.get_input_embeddings().weight)
-                for model in (teacher, generator.model)
-            ]
-            if sizes[0] != sizes[1]:
+            words, others = _vocabulary_size(teacher), _vocabulary_size(generator.model)
+            if words != others:
                 raise ValueError(
-                    f"teacher and generator must share a vocabulary, but they have {sizes[0]} and {sizes[1]} words"
+                    "teacher and generator must share a vocabulary, "
+                    f"but they have {words} and {others} words"
                 )
-            teacher, generator = teacher.requires_grad_(False).eval(), copied(generator)
-        self.mask_rate, self.bf16, self._teacher, self._generator = (
-            mask_rate,
-            bf16,
-            teacher,
-            generator,
-        )
+            teacher = teacher.requires_grad_(False).eval()
+            generator = copied(generator)
+        self.teacher, self.generator = teacher, generator
+        self.mask_rate, self.bf16 = mask_rate, bf16
+
+    def settings(self) -> dict[str, Any]:
+        "Its arguments, less the two models."
+        return {"mask_rate": self.mask_rate, "bf16": self.bf16}
 
     def check(self) -> None:
         "Raises `ValueError` where teacher or generator are missing."
-        if self._teacher is None or self._generator is None:
+        if self.teacher is None or self.generator is None:
             raise ValueError(
-                "adversarial text needs a live teacher and a generator: recipe(teacher, warm_up(masked_generator(), train))"
+                "adversarial text needs a live teacher and a generator: "
+                "recipe(teacher, warm_up(masked_generator(), train))"
             )
 
     @torch.no_grad()
     def teach(self, inputs: dict[str, Tensor]) -> Tensor:  # (batch, num_labels)
         "The teacher's logits."
         with self._precision(inputs):
-            return forward(self._teacher, inputs).float()
+            return forward(self.teacher, inputs).float()
 
     def _precision(self, inputs: dict[str, Tensor]) -> Any:
-        return torch.autocast(
-            inputs["input_ids"].device.type, torch.bfloat16, enabled=self.bf16
-        )
+        kind = inputs["input_ids"].device.type
+        return torch.autocast(kind, torch.bfloat16, enabled=self.bf16)
 
     @torch.no_grad()
     def rewrite(
-        self, batch: dict[str, Tensor]
+        self,
+        batch: dict[str, Tensor],  # of texts
     ) -> dict[str, Tensor]:  # the batch's inputs with other words in some places
         "Cover some words and let the generator draw others."
-        covered, where = mask_tokens(
-            batch["input_ids"],
-            batch["attention_mask"],
-            self._generator.tokenizer,
-            self.mask_rate,
-        )
+        ids, mask = batch["input_ids"], batch["attention_mask"]
+        tokenizer = self.generator.tokenizer
+        covered, where = mask_tokens(ids, mask, tokenizer, self.mask_rate)
         with self._precision(batch):
-            logits = self._generator(covered, batch["attention_mask"], where).float()
-        words = self._generator.vocabulary[sample_words(logits)]
-        return {name: batch[name] for name in INPUTS if name in batch} | {
-            "input_ids": batch["input_ids"].masked_scatter(where, words)
-        }
+            logits = self.generator(covered, mask, where).float()
+        words = self.generator.vocabulary[sample_words(logits)]
+        inputs = {name: batch[name] for name in INPUTS if name in batch}
+        return inputs | {"input_ids": ids.masked_scatter(where, words)}
 
-# %% ../nbs/combined_kd.ipynb #d6d3c93c
-def _moving(generator: nn.Module) -> dict[str, Tensor]:
-    return {name: p for name, p in generator.named_parameters() if p.requires_grad}
-
-
-def _place(adversary: Any, device: torch.device) -> None:
-    "Teacher, generator and its optimiser's state to a device; the generator trains."
-    adversary._teacher.to(device)
-    adversary._generator.to(device).train()
-    for state in adversary._optimizer.state.values():
-        state.update({k: v.to(device) for k, v in state.items() if k != "step"})
-
-
-def _over_processes(grad: Tensor) -> Tensor:
-    "The mean over processes: every one of them holds a generator, and they must stay the same."
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
-        grad = grad.contiguous()  # a gradient may be one number in many places, which all_reduce would write beyond
-        torch.distributed.all_reduce(grad)
-        grad /= torch.distributed.get_world_size()
-    return grad
+# %% ../nbs/combined_kd.ipynb #22159450
+def _vocabulary_size(model: nn.Module) -> int:
+    return len(model.get_input_embeddings().weight)
 
 # %% ../nbs/combined_kd.ipynb #595e833c
 class AdversarialStep(Rewriter):
-    "A `Rewriter` whose generator learns to widen the gap between teacher and student. A callback of the recipe too, so that checkpoints keep it."
+    """A `Rewriter` whose generator learns to widen the gap of teacher and student.
+
+    Give it to the recipe as a callback too, so that checkpoints keep it."""
 
     def __init__(
         self,
-        teacher: nn.Module | None = None,
+        teacher: nn.Module | None = None,  # as in `Rewriter`
         generator: MaskedGenerator | None = None,  # as in `Rewriter`
-        generator_steps: int = 10,  # of every `student_steps` updates the first so many train the generator too
-        student_steps: int = 100,  # >= generator_steps
+        generator_steps: int = 10,  # updates of a round that train the generator too
+        student_steps: int = 100,  # updates of a round, >= generator_steps
         mask_rate: float = 0.3,  # in [0, 1]
         lr: float = 5e-5,  # of the generator
         kind: Literal["mse", "kl", "cross_entropy"] = "mse",  # of the gap
@@ -190,148 +170,152 @@ class AdversarialStep(Rewriter):
         super().__init__(teacher, generator, mask_rate, bf16)
         if not 0 <= generator_steps <= student_steps:
             raise ValueError(
-                f"generator_steps must be in 0..student_steps, got {generator_steps} of {student_steps}"
+                "generator_steps must be in 0..student_steps, "
+                f"got {generator_steps} of {student_steps}"
             )
-        self.generator_steps, self.student_steps, self.lr, self.kind, self.clip = (
-            generator_steps,
-            student_steps,
-            lr,
-            kind,
-            clip,
-        )
-        self._first = (
-            None
-            if generator is None
-            else {k: v.clone() for k, v in _moving(self._generator).items()}
-        )
-        self._begin()
+        self.generator_steps, self.student_steps = generator_steps, student_steps
+        self.lr, self.kind, self.clip = lr, kind, clip
+        self._first = {name: p.detach().clone() for name, p in self.trained().items()}
+        self.restart()
 
-    def __repr__(self) -> str:
-        return (
-            "AdversarialStep("
-            + ", ".join(f"{k}={v!r}" for k, v in vars(self).items() if k[0] != "_")
-            + ")"
-        )
+    def settings(self) -> dict[str, Any]:
+        "Its arguments, less the two models."
+        return {
+            **super().settings(),
+            "generator_steps": self.generator_steps,
+            "student_steps": self.student_steps,
+            "lr": self.lr,
+            "kind": self.kind,
+            "clip": self.clip,
+        }
 
-    def _begin(self) -> None:
-        self._gaps, self._played, self._optimizer = (
-            [],
-            None,
-            None
-            if self._generator is None
-            else torch.optim.AdamW(_moving(self._generator).values(), lr=self.lr),
-        )
+    def trained(self) -> dict[str, nn.Parameter]:
+        "The generator's trained weights, by name."
+        if self.generator is None:
+            return {}
+        named = self.generator.named_parameters()
+        return {name: p for name, p in named if p.requires_grad}
 
-    @property
-    def gaps(self) -> list[float]:
-        "The gap before each of the generator's steps."
-        return self._gaps
+    def restart(self) -> None:
+        "The generator as it came, with a fresh optimiser and no steps taken."
+        self.gaps: list[float] = []  # before each of the generator's steps
+        self.played: int | None = None  # the update that was begun last
+        self.optimizer = None
+        if self.generator is not None:
+            self.generator.load_state_dict(self._first, strict=False)
+            self.optimizer = torch.optim.AdamW(self.trained().values(), lr=self.lr)
 
     def due(self, progress: Progress) -> bool:
         "Whether this update trains the generator too."
         return progress.step % self.student_steps < self.generator_steps
 
+    def place(self, device: torch.device) -> None:
+        "Teacher, generator and its optimiser to a device; the generator trains."
+        self.teacher.to(device)
+        self.generator.to(device).train()
+        for state in self.optimizer.state.values():
+            state.update({k: v.to(device) for k, v in state.items() if k != "step"})
+
     def state_dict(self) -> dict[str, Any]:
-        "The generator's trained weights, and its optimiser's state."
-        return (
-            {}
-            if self._generator is None
-            else {
-                "generator": {
-                    k: v.detach().cpu() for k, v in _moving(self._generator).items()
-                },
-                "optimizer": self._optimizer.state_dict(),
-                "gaps": self._gaps,
-            }
-        )
+        "The generator's trained weights, its optimiser's state, and the gaps."
+        if self.generator is None:
+            return {}
+        return {
+            "generator": {k: v.detach().cpu() for k, v in self.trained().items()},
+            "optimizer": self.optimizer.state_dict(),
+            "gaps": self.gaps,
+        }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         "Take back what `state_dict` gave."
         if state:
-            self._generator.load_state_dict(state["generator"], strict=False)
-            self._optimizer.load_state_dict(state["optimizer"])
-            self._gaps = list(state["gaps"])
+            self.generator.load_state_dict(state["generator"], strict=False)
+            self.optimizer.load_state_dict(state["optimizer"])
+            self.gaps = list(state["gaps"])
 
 # %% ../nbs/combined_kd.ipynb #7b83773d
 def adversarial_gap(
     adversary: AdversarialStep,  # teacher and generator
-    student: nn.Module,  # any classifier with `get_input_embeddings`, over the same vocabulary
+    student: nn.Module,  # with `get_input_embeddings`, over the same vocabulary
     batch: dict[str, Tensor],  # what is rewritten
 ) -> Tensor:  # scalar; gradient reaches the generator
-    "The gap between teacher and student on text written by the generator: one-hot words forward, their softmax backward (straight-through)."
-    generator, student = (
-        adversary._generator,
-        getattr(student, "module", student),
-    )  # the generator's gradient is not the student's to synchronise
-    covered, where = mask_tokens(
-        batch["input_ids"],
-        batch["attention_mask"],
-        generator.tokenizer,
-        adversary.mask_rate,
-    )
+    """The gap between teacher and student on text written by the generator.
+
+    One-hot words go forward, their softmax's gradient backward (straight-through)."""
+    # the generator's gradient is not the student's to synchronise
+    student = getattr(student, "module", student)
+    teacher, generator = adversary.teacher, adversary.generator
+    ids, mask = batch["input_ids"], batch["attention_mask"]
+    covered, where = mask_tokens(ids, mask, generator.tokenizer, adversary.mask_rate)
     if not where.any():
-        return sum(p.sum() * 0 for p in _moving(generator).values())
-    words, answers = (
-        F.gumbel_softmax(generator(covered, batch["attention_mask"], where), hard=True),
-        [],
-    )
-    for model in (adversary._teacher, student):
+        return sum(p.sum() * 0 for p in adversary.trained().values())
+    words = F.gumbel_softmax(generator(covered, mask, where), hard=True)
+    logits = []
+    for model in (teacher, student):
         table = model.get_input_embeddings().weight.detach()
-        with given_embeddings(
-            model,
-            mixed_embeddings(
-                table, batch["input_ids"], where, words, generator.vocabulary
-            ),
-        ):
-            answers.append(forward(model, batch).float())
-    return gap(*answers, adversary.kind)
+        mixed = mixed_embeddings(table, ids, where, words, generator.vocabulary)
+        with given_embeddings(model, mixed):
+            logits.append(forward(model, batch).float())
+    return gap(*logits, adversary.kind)
+
+# %% ../nbs/combined_kd.ipynb #f7fb06a4
+def _over_processes(grad: Tensor) -> Tensor:
+    "The mean over processes."
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        # one number may stand for many places, and all_reduce would write beyond it
+        grad = grad.contiguous()
+        torch.distributed.all_reduce(grad)
+        grad /= torch.distributed.get_world_size()
+    return grad
 
 # %% ../nbs/combined_kd.ipynb #7df814db
+def generator_step(
+    adversary: AdversarialStep,  # teacher and generator
+    student: nn.Module,  # gets no gradient, and neither does the teacher
+    batch: dict[str, Tensor],  # what is rewritten
+) -> Tensor:  # the gap before the step
+    "One ascent of the generator on the gap between teacher and student."
+    value = adversarial_gap(adversary, student, batch)
+    trained = list(adversary.trained().values())
+    for p, grad in zip(trained, torch.autograd.grad(-value, trained)):
+        p.grad = _over_processes(grad)
+    nn.utils.clip_grad_norm_(trained, adversary.clip)
+    adversary.optimizer.step()
+    adversary.optimizer.zero_grad()
+    return value.detach()
+
+# %% ../nbs/combined_kd.ipynb #ef1312c1
 def play(
     adversary: AdversarialStep,  # teacher and generator
     student: nn.Module,  # in training mode
     batch: dict[str, Tensor],  # what is rewritten
     progress: Progress,  # says whose turn it is
 ) -> dict[str, Tensor]:  # the batch's inputs, rewritten
-    "The generator's turn, where it is due, and then a rewritten batch for the student's."
-    _place(adversary, batch["input_ids"].device)
-    words = [
-        len(model.get_input_embeddings().weight)
-        for model in (getattr(student, "module", student), adversary._teacher)
-    ]
-    if words[0] != words[1]:
+    """The generator's turn, where it is due, and then a rewritten batch.
+
+    Raises `ValueError` where student and teacher have vocabularies of other sizes."""
+    adversary.place(batch["input_ids"].device)
+    words = _vocabulary_size(getattr(student, "module", student))
+    others = _vocabulary_size(adversary.teacher)
+    if words != others:
         raise ValueError(
-            f"student and teacher must share a vocabulary, but they have {words[0]} and {words[1]} words"
+            "student and teacher must share a vocabulary, "
+            f"but they have {words} and {others} words"
         )
     if adversary.starting(progress):  # the same recipe may be run twice
-        adversary._generator.load_state_dict(adversary._first, strict=False)
-        adversary._begin()
-    elif progress.step == adversary._played:
+        adversary.restart()
+    elif progress.step == adversary.played:
         return adversary.rewrite(batch)  # another piece of the same update
-    adversary._played = progress.step
+    adversary.played = progress.step
     if adversary.due(progress):
         adversary.gaps.append(generator_step(adversary, student, batch).item())
     return adversary.rewrite(batch)
 
-
-def generator_step(
-    adversary: AdversarialStep, student: nn.Module, batch: dict[str, Tensor]
-) -> Tensor:  # the gap before the step
-    "One ascent of the generator on the gap; neither student nor teacher gets a gradient."
-    value, moving = (
-        adversarial_gap(adversary, student, batch),
-        list(_moving(adversary._generator).values()),
-    )
-    for p, grad in zip(moving, torch.autograd.grad(-value, moving)):
-        p.grad = _over_processes(grad)
-    nn.utils.clip_grad_norm_(moving, adversary.clip)
-    adversary._optimizer.step()
-    adversary._optimizer.zero_grad()
-    return value.detach()
-
 # %% ../nbs/combined_kd.ipynb #adc73133
 class MateKD:
-    'Labels, the teacher on the text, and the teacher on adversarial text, a third each (MATE-KD); squared errors where there is one output, which wants the gap "mse".'
+    """Labels, the teacher on the text and on adversarial text, a third each (MATE-KD).
+
+    Squared errors where there is one output, which wants the gap "mse"."""
 
     requires, rows = ("label", "teacher_logits"), "all"
 
@@ -340,6 +324,10 @@ class MateKD:
         adversary: AdversarialStep,  # its gap should be "kl"
     ):
         self.adversary = adversary
+
+    def settings(self) -> dict[str, Any]:
+        "Its argument."
+        return {"adversary": self.adversary}
 
     def check(
         self,
@@ -355,25 +343,21 @@ class MateKD:
     ) -> Loss:
         "The three terms, by name; rows without a label have two."
         rewritten = play(self.adversary, student, batch, progress)
-        own, theirs = forward(student, joined(batch, rewritten)).chunk(2)
-        apart = logit_mse if own.shape[-1] == 1 else soft_target_loss
-        label, teacher = (
-            label_loss(own, batch["labels"]),
-            apart(own, batch["teacher_logits"]),
-        )
-        adversarial = apart(theirs, self.adversary.teach(rewritten))
-        return Loss(
-            (label + teacher + adversarial) / 3,
-            {
-                "label": label.detach(),
-                "teacher": teacher.detach(),
-                "adversarial": adversarial.detach(),
-            },
-        )
+        clean_logits, new_logits = forward(student, joined(batch, rewritten)).chunk(2)
+        distance = logit_mse if clean_logits.shape[-1] == 1 else soft_target_loss
+        terms = {
+            "label": label_loss(clean_logits, batch["labels"]),
+            "teacher": distance(clean_logits, batch["teacher_logits"]),
+            "adversarial": distance(new_logits, self.adversary.teach(rewritten)),
+        }
+        parts = {name: term.detach() for name, term in terms.items()}
+        return Loss(sum(terms.values()) / 3, parts)
 
 # %% ../nbs/combined_kd.ipynb #e21078eb
 class CombinedKD(AnnealingKD):
-    "Stage I: follow the teacher's annealed logits on the text and on adversarial text, half each; no labels (Combined-KD)."
+    """Stage I: annealed teacher logits on the text and on adversarial text, half each.
+
+    No labels (Combined-KD)."""
 
     requires, rows = ("teacher_logits",), "all"
 
@@ -385,13 +369,17 @@ class CombinedKD(AnnealingKD):
         super().__init__(tau_max)
         self.adversary = adversary
 
+    def settings(self) -> dict[str, Any]:
+        "Its arguments."
+        return {"adversary": self.adversary, "tau_max": self.tau_max}
+
     def check(
         self,
         stage: Stage,
         train: "datasets.Dataset",
         validation: "datasets.Dataset|None" = None,
     ) -> None:
-        "Called by `fit` before it starts: all temperatures must fit, and teacher and generator be there."
+        "All temperatures must fit, and teacher and generator be there; `fit` calls it."
         super().check(stage, train, validation)
         self.adversary.check()
 
@@ -399,64 +387,53 @@ class CombinedKD(AnnealingKD):
         self, student: nn.Module, batch: dict[str, Tensor], progress: Progress
     ) -> Loss:
         "Half of `annealing_loss` on either text, at this epoch's `phi`."
-        now, rewritten = (
-            self.phi(progress),
-            play(self.adversary, student, batch, progress),
-        )
-        own, theirs = forward(student, joined(batch, rewritten)).chunk(2)
-        clean, adversarial = (
-            annealing_loss(own, batch["teacher_logits"], now),
-            annealing_loss(theirs, self.adversary.teach(rewritten), now),
-        )
-        return Loss(
-            (clean + adversarial) / 2,
-            {"phi": now, "clean": clean.detach(), "adversarial": adversarial.detach()},
-        )
+        phi = self.phi(progress)
+        rewritten = play(self.adversary, student, batch, progress)
+        clean_logits, new_logits = forward(student, joined(batch, rewritten)).chunk(2)
+        clean = annealing_loss(clean_logits, batch["teacher_logits"], phi)
+        targets = self.adversary.teach(rewritten)
+        adversarial = annealing_loss(new_logits, targets, phi)
+        parts = {"clean": clean.detach(), "adversarial": adversarial.detach()}
+        return Loss((clean + adversarial) / 2, {"phi": phi, **parts})
 
 # %% ../nbs/combined_kd.ipynb #ad44e5f5
 def recipe(
     teacher: nn.Module | None = None,  # live; None only to look at the recipe
-    generator: MaskedGenerator
-    | None = None,  # warmed up, over the teacher's vocabulary
+    generator: MaskedGenerator | None = None,  # warmed up, over the teacher's words
     tau_max: int = 7,  # largest temperature
-    epochs: tuple[int, int] = (
-        14,
-        4,
-    ),  # of stage I (no labels) and of stage II (labels only)
+    epochs: tuple[int, int] = (14, 4),  # stage I (no labels), stage II (labels only)
     lr: float = 5e-4,  # peak rate of both stages
     batch_size: int = 32,  # rows per update, their adversarial twins not counted
     label_validate_every: int = 1,  # epochs between validations in stage II
-    **adversary: Any,  # settings of `AdversarialStep`: generator_steps, student_steps, mask_rate, clip, bf16, and its lr as generator_lr
+    **adversary: Any,  # of `AdversarialStep`, its lr as generator_lr
 ) -> Recipe:  # for `fit`
-    "Combined-KD: annealed logits on clean and adversarial text, best weights reloaded, fresh optimiser, hard labels."
-    temperature_schedule(
-        epochs[0], tau_max
-    )  # an impossible pair fails here, not an hour later
+    """Combined-KD's two stages: annealed logits on clean and adversarial text, labels.
+
+    The best weights are reloaded between them, and the optimiser is fresh. Raises
+    `ValueError` where the epochs of stage I cannot hold all temperatures."""
+    # an impossible pair fails here, not an hour later
+    temperature_schedule(epochs[0], tau_max)
     step = _adversary(teacher, generator, "mse", **adversary)
-    return Recipe(
-        (
-            Stage(
-                CombinedKD(step, tau_max),
-                epochs[0],
-                lr,
-                batch_size,
-                name="adversarial, annealed",
-            ),
-            Stage(
-                CrossEntropy(),
-                epochs[1],
-                lr,
-                batch_size,
-                validate_every=label_validate_every,
-                name="labels",
-            ),
-        ),
-        (step,),
+    first = Stage(
+        CombinedKD(step, tau_max),
+        epochs[0],
+        lr,
+        batch_size,
+        name="adversarial, annealed",
     )
+    second = Stage(
+        CrossEntropy(),
+        epochs[1],
+        lr,
+        batch_size,
+        validate_every=label_validate_every,
+        name="labels",
+    )
+    return Recipe((first, second), (step,))
 
-
+# %% ../nbs/combined_kd.ipynb #a951a36f
 def mate_recipe(
-    teacher: nn.Module | None = None,
+    teacher: nn.Module | None = None,  # as in `recipe`
     generator: MaskedGenerator | None = None,  # as in `recipe`
     epochs: int = 18,  # passes over the rows
     lr: float = 5e-4,  # peak rate
@@ -465,14 +442,13 @@ def mate_recipe(
 ) -> Recipe:  # for `fit`
     "MATE-KD: one stage of three equal terms, and a generator that widens the KL."
     step = _adversary(teacher, generator, "kl", **adversary)
-    return Recipe(
-        (Stage(MateKD(step), epochs, lr, batch_size, name="adversarial"),), (step,)
-    )
+    stage = Stage(MateKD(step), epochs, lr, batch_size, name="adversarial")
+    return Recipe((stage,), (step,))
 
-
+# %% ../nbs/combined_kd.ipynb #661c7956
 def _adversary(
-    teacher: Any,
-    generator: Any,
+    teacher: nn.Module | None,
+    generator: MaskedGenerator | None,
     kind: str,
     generator_steps: int = 10,
     student_steps: int = 100,
@@ -481,6 +457,7 @@ def _adversary(
     clip: float = 5.0,
     bf16: bool = False,
 ) -> AdversarialStep:
+    "The adversary of a recipe, whose `lr` is the student's."
     return AdversarialStep(
         teacher,
         generator,

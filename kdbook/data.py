@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['ARCHIVES', 'RATED', 'SPLITS', 'SYMBOLS', 'GLUE', 'human_probs', 'disagreement', 'Archive', 'damaged', 'FetchError',
-           'unpack', 'fetch', 'read_rated', 'clean_rated', 'seeded_order', 'stratified_order', 'load_task', 'one_rater',
-           'rater_accuracy', 'hide_labels']
+           'unpack', 'fetch', 'read_rated', 'clean_rated', 'seeded_order', 'stratified_order', 'cut', 'load_task',
+           'one_rater', 'rater_accuracy', 'hide_labels']
 
 # %% ../nbs/data.ipynb #768c8bac
 import hashlib
@@ -33,24 +33,27 @@ from .files import cache_dir, need, sha256_of
 def human_probs(
     ratings: Iterable,  # ints from -4 to 4, at least one
 ) -> list:  # three floats that add to one
-    "Shares of the raters below, at and above zero: a soft label written by people."
+    """Shares of the raters below, at and above zero: a soft label written by people.
+
+    Raises `ValueError` if there are no ratings."""
     ratings = list(ratings)
     if not ratings:
         raise ValueError("no ratings, so no shares: give at least one")
-    below, above = sum([r < 0 for r in ratings]), sum([r > 0 for r in ratings])
+    below = sum([r < 0 for r in ratings])
+    above = sum([r > 0 for r in ratings])
     return [n / len(ratings) for n in (below, len(ratings) - below - above, above)]
 
 # %% ../nbs/data.ipynb #6b2cfa94
 def disagreement(
     probs: Iterable,  # shares that add to one, any number of classes; zeros are fine
 ) -> float:  # bits, from 0 to log2 of the number of classes
-    "Entropy of a soft label: 0 when everybody agrees, 1 for two equal camps (Shannon 1948)."
+    "Entropy of a soft label: 0 if all agree, 1 for two equal camps (Shannon 1948)."
     return sum([-p * math.log2(p) for p in probs if p > 0], 0.0)
 
 # %% ../nbs/data.ipynb #5b2729d9
 @dataclass(frozen=True)
 class Archive:
-    "What to ask the package index for, and the digests of everything that may come out of it."
+    "What to ask the package index for, and the digests of all that may come out of it."
 
     requirement: str  # exact pin, name==version
     filename: str  # the archive's name on the index
@@ -60,7 +63,8 @@ class Archive:
     files: dict  # file name -> (bytes, sha256)
 
     @property
-    def folder(self) -> str:  # a new archive gets a new folder, so versions never mix
+    def folder(self) -> str:  # its name in the cache
+        "A folder for each archive, so that versions never mix."
         return f"{self.requirement.split('==')[0].lower()}-{self.sha256[:8]}"
 
 # %% ../nbs/data.ipynb #7ab5310d
@@ -149,7 +153,7 @@ ARCHIVES = dict(
 )
 
 # %% ../nbs/data.ipynb #99758780
-_verified = {}  # path -> (bytes, mtime, inode) of files whose digest this process has checked
+_verified = {}  # path -> (bytes, mtime, inode), of files whose digest was checked
 
 
 def _is_good(
@@ -159,12 +163,12 @@ def _is_good(
 ) -> bool:
     "True when `path` is a file with the pinned bytes."
     try:
-        seen = path.stat()
+        stat = path.stat()
     except (FileNotFoundError, NotADirectoryError):
         return False
-    if seen.st_size != size:
+    if stat.st_size != size:
         return False
-    state = (seen.st_size, seen.st_mtime_ns, seen.st_ino)
+    state = (stat.st_size, stat.st_mtime_ns, stat.st_ino)
     if _verified.get(path) != state and sha256_of(path) != sha256:
         return False
     _verified[path] = state
@@ -184,7 +188,7 @@ def damaged(
 
 # %% ../nbs/data.ipynb #bf92c6e4
 class FetchError(RuntimeError):
-    "A fetch that failed, or brought something else than what was pinned; the message says what to do."
+    "A fetch that failed, or brought other bytes; the message says what to do."
 
 # %% ../nbs/data.ipynb #189d247e
 @contextmanager
@@ -192,22 +196,21 @@ def _opened(
     file,  # a path, or a file object inside another archive
     zipped: bool,  # a wheel is a zip file; everything else here is a tar
 ):
-    "A function that opens a regular member by its exact name and refuses everything else."
+    "A function that opens a regular member by its exact name and refuses all else."
     if zipped:
-        with zipfile.ZipFile(file) as z:
-            yield z.open
+        with zipfile.ZipFile(file) as archive:
+            yield archive.open
         return
-    with tarfile.open(
-        **{"fileobj" if hasattr(file, "read") else "name": file}, mode="r:*"
-    ) as t:
+    source = {"fileobj": file} if hasattr(file, "read") else {"name": file}
+    with tarfile.open(**source, mode="r:*") as archive:
 
         def member(name):
-            info = t.getmember(name)
+            info = archive.getmember(name)
             if not info.isreg():
                 raise FetchError(
                     f"{name} in the archive is no regular file (a link?): refused"
                 )
-            return t.extractfile(info)
+            return archive.extractfile(info)
 
         yield member
 
@@ -218,16 +221,20 @@ def _copy_checked(
     size: int,  # pinned bytes
     sha256: str,  # pinned digest
 ):
-    "Writes `target`, and raises `FetchError` unless its bytes are the pinned ones."
-    digest, left = hashlib.sha256(), size + 1
+    """Writes `target` from `source`.
+
+    Raises `FetchError` unless its bytes are the pinned ones."""
+    digest = hashlib.sha256()
+    allowed = size + 1
     with open(target, "xb") as out:
-        while left and (block := source.read(min(left, 1 << 20))):
+        while allowed and (block := source.read(min(allowed, 1 << 20))):
             out.write(block)
             digest.update(block)
-            left -= len(block)
-    if left != 1 or digest.hexdigest() != sha256:
+            allowed -= len(block)
+    if allowed != 1 or digest.hexdigest() != sha256:
         raise FetchError(
-            f"{target.name} in the archive is not the pinned file (size or sha256 differs): refused"
+            f"{target.name} in the archive is not the pinned file "
+            "(size or sha256 differs): refused"
         )
 
 # %% ../nbs/data.ipynb #66cd2d39
@@ -256,7 +263,7 @@ def unpack(
 ) -> None:
     """Writes the pinned files of `spec`, and nothing else, into the folder `into`.
 
-    Raises `FetchError` when a member is missing, is a link, or has other bytes than the pinned ones."""
+    Raises `FetchError` when a member is missing, is a link, or has other bytes."""
     try:
         _copy_members(archive, spec, into)
     except (
@@ -279,9 +286,8 @@ def _pip_command(
 ) -> list:  # program and arguments
     "The call of pip that brings the archive of `spec`."
     wanted = folder / "requirements.txt"
-    wanted.write_text(
-        f"{spec.requirement} --hash=sha256:{spec.sha256}\n", encoding="utf-8"
-    )
+    pinned = f"{spec.requirement} --hash=sha256:{spec.sha256}\n"
+    wanted.write_text(pinned, encoding="utf-8")
     kind = "--only-binary" if spec.filename.endswith(".whl") else "--no-binary"
     return [
         sys.executable,
@@ -320,7 +326,9 @@ def _run_quietly(
     folder: Path,  # for its log and its temporary files
     size: int,  # bytes expected
 ):
-    "Runs `command` to its end, and raises `FetchError` with its output if it fails."
+    """Runs `command` to its end.
+
+    Raises `FetchError` with its output if it fails."""
     env = os.environ | {name: str(folder) for name in ("TMPDIR", "TEMP", "TMP")}
     log = folder / "log.txt"
     with open(log, "wb") as out:
@@ -332,10 +340,8 @@ def _run_quietly(
             try:
                 process.wait(10)
             except subprocess.TimeoutExpired:
-                print(
-                    f"  {min(_largest(folder), size) / 1e6:.1f} of {size / 1e6:.1f} MB",
-                    flush=True,
-                )
+                arrived = min(_largest(folder), size)
+                print(f"  {arrived / 1e6:.1f} of {size / 1e6:.1f} MB", flush=True)
     finally:
         if process.poll() is None:
             process.kill()
@@ -344,12 +350,23 @@ def _run_quietly(
         raise FetchError(log.read_text(encoding="utf-8", errors="replace"))
 
 # %% ../nbs/data.ipynb #f929fd9e
+def _complaint(
+    output: str,  # what a program has printed
+) -> str:  # at most 600 characters
+    "The error lines of pip's output, or else its last line."
+    lines = [line.strip() for line in output.splitlines() if line.strip()]
+    errors = [line for line in lines if line.startswith("ERROR")]
+    return " ".join(errors or lines[-1:] or ["it said nothing"])[:600]
+
+# %% ../nbs/data.ipynb #9c2c9f5c
 def _download(
     spec: Archive,  # what to get
     folder: Path,  # a fresh temporary folder
     root: Path,  # the cache
 ) -> Path:  # not yet checked
-    "The archive: from the cache folder if someone put it there, or else through the user's own pip."
+    """The archive: put into the cache folder by hand, or else brought by pip.
+
+    Raises `FetchError`, with the way out, if there is no pip or pip fails."""
     if (root / spec.filename).is_file():
         return root / spec.filename
     way_out = (
@@ -357,20 +374,15 @@ def _download(
     )
     if importlib.util.find_spec("pip") is None:
         raise FetchError(
-            f"{sys.executable} has no pip, which fetches {spec.requirement}: run `python -m ensurepip` "
-            f"(or `uv pip install pip`) and try again. {way_out}"
+            f"{sys.executable} has no pip, which fetches {spec.requirement}: "
+            "run `python -m ensurepip` (or `uv pip install pip`) and try again. "
+            f"{way_out}"
         )
     try:
         _run_quietly(_pip_command(spec, folder), folder, spec.size)
     except FetchError as e:
-        lines = [line.strip() for line in str(e).splitlines() if line.strip()]
-        errors = (
-            [line for line in lines if line.startswith("ERROR")]
-            or lines[-1:]
-            or ["it said nothing"]
-        )
         raise FetchError(
-            f"pip could not download {spec.requirement}: {' '.join(errors)[:600]} {way_out}"
+            f"pip could not download {spec.requirement}: {_complaint(str(e))} {way_out}"
         ) from None
     return folder / spec.filename
 
@@ -378,16 +390,16 @@ def _download(
 @contextmanager
 def _scratch(
     root: Path,  # the cache
-    old: float = 86400,  # seconds after which a folder left by a killed process is removed
+    old: float = 86400,  # seconds after which a killed process's folder is removed
 ):
     "A temporary folder inside the cache, removed at the end."
-    for left in root.glob(".tmp-*"):
+    for stale in root.glob(".tmp-*"):
         try:
-            age = time.time() - left.stat().st_mtime
+            age = time.time() - stale.stat().st_mtime
         except FileNotFoundError:
             continue  # its owner has just removed it
         if age > old:
-            shutil.rmtree(left, ignore_errors=True)
+            shutil.rmtree(stale, ignore_errors=True)
     folder = Path(tempfile.mkdtemp(prefix=".tmp-", dir=root))
     try:
         yield folder
@@ -403,14 +415,16 @@ def _install(
     "Downloads, checks, unpacks, and renames the files into their folder of the cache."
     with _scratch(root) as tmp:
         print(
-            f"{name}: fetching {spec.filename} ({spec.size / 1e6:.1f} MB) from your package index",
+            f"{name}: fetching {spec.filename} ({spec.size / 1e6:.1f} MB) "
+            "from your package index",
             flush=True,
         )
         archive = _download(spec, tmp, root)
-        found = sha256_of(archive) if archive.is_file() else "(no such file)"
-        if found != spec.sha256:
+        digest = sha256_of(archive) if archive.is_file() else "(no such file)"
+        if digest != spec.sha256:
             raise FetchError(
-                f"{archive.name} has sha256 {found[:14]}..., expected {spec.sha256[:14]}...: refused, nothing unpacked"
+                f"{archive.name} has sha256 {digest[:14]}..., "
+                f"expected {spec.sha256[:14]}...: refused, nothing unpacked"
             )
         fresh = tmp / "files"
         fresh.mkdir()
@@ -426,7 +440,7 @@ def _one_at_a_time(
     root: Path,  # the cache
 ):
     "Holds a lock that other processes wait for."
-    filelock = need("filelock")
+    filelock = need("filelock", "train")
     lock = filelock.FileLock(root / f"{name}.lock")
     try:
         lock.acquire(timeout=0)
@@ -442,12 +456,15 @@ def _one_at_a_time(
 def fetch(
     name: str,  # "movies" or "minilm"
 ) -> Path:  # a folder of the cache; do not write into it
-    """The folder with the verified files of `name`: from the cache, or else from your package index.
+    """The folder with the verified files of `name`.
 
-    Raises `FetchError`, with what to do about it, when pip, the archive or the cache folder stands in the way."""
+    They come from the cache, or else from your package index. Raises `ValueError` for
+    an unknown name, and `FetchError`, with what to do about it, when pip, the archive
+    or the cache folder stands in the way."""
     if name not in ARCHIVES:
         raise ValueError(f"unknown archive {name!r}; there are {', '.join(ARCHIVES)}")
-    spec, root = ARCHIVES[name], cache_dir()
+    spec = ARCHIVES[name]
+    root = cache_dir()
     folder = root / spec.folder
     try:
         if not damaged(folder, spec.files):
@@ -457,7 +474,8 @@ def fetch(
             bad = damaged(folder, spec.files)  # another process may have been faster
             if bad and folder.is_dir():
                 print(
-                    f"{name}: {', '.join(bad)} in the cache damaged or missing; fetching again"
+                    f"{name}: {', '.join(bad)} in the cache damaged or missing; "
+                    "fetching again"
                 )
             if bad:
                 _install(name, spec, root)
@@ -480,15 +498,15 @@ RATED = dict(
 def read_rated(
     folder: str | Path,  # as `fetch("movies")` returns it
     source: str,  # movies, amazon, editorials or tweets
-) -> (
-    list
-):  # of dicts: idx (row number in the file), text, ratings (list of ints, -4 to 4)
-    "Every sentence of one source with its ratings, in the order of the file."
+) -> list:  # of dicts, in the order of the file
+    """Every sentence of one source with its ratings.
+
+    Each dict has `idx` (row number in the file), `text`, and `ratings` (a list of whole
+    numbers from -4 to 4)."""
 
     def table(kind):
-        with open(
-            Path(folder) / f"{RATED[source]}_{kind}.txt", encoding="utf-8-sig"
-        ) as f:
+        path = Path(folder) / f"{RATED[source]}_{kind}.txt"
+        with open(path, encoding="utf-8-sig") as f:
             return [line.rstrip("\n").split("\t") for line in f]
 
     ratings = {row[0]: json.loads(row[3]) for row in table("anonDataRatings")}
@@ -499,28 +517,28 @@ def read_rated(
 
 # %% ../nbs/data.ipynb #10adeb9b
 def clean_rated(
-    sources: dict,  # source -> rows (dicts with text and ratings), in order of precedence
+    sources: dict,  # source -> rows with text and ratings, in order of precedence
     margin: float = 0.5,  # rating points; a mean this close to zero has no clear sign
 ) -> tuple:  # (source -> rows left, source -> counts by reason)
     "Rows with a clear mean, of each text only the first, within and across sources."
-    seen, kept, counts = set(), {}, {}
+    texts = set()
+    kept = {}
+    counts = {}
     for source, rows in sources.items():
-        clear = [
-            row
-            for row in rows
-            if abs(sum(row["ratings"])) > margin * len(row["ratings"])
-        ]
         kept[source] = []
-        for row in clear:
-            if row["text"] not in seen:
+        clear = 0
+        for row in rows:
+            if abs(sum(row["ratings"])) <= margin * len(row["ratings"]):
+                continue
+            clear += 1
+            if row["text"] not in texts:
                 kept[source].append(row)
-            seen.add(row["text"])
-        left = len(kept[source])
+            texts.add(row["text"])
         counts[source] = dict(
             read=len(rows),
-            unclear=len(rows) - len(clear),
-            duplicates=len(clear) - left,
-            kept=left,
+            unclear=len(rows) - clear,
+            duplicates=clear - len(kept[source]),
+            kept=len(kept[source]),
         )
     return kept, counts
 
@@ -539,34 +557,39 @@ def stratified_order(
     labels: Iterable,  # one class number per row
     seed: int | str = 0,  # same seed, same order, everywhere
 ) -> list:  # a permutation of range(len(labels))
-    "An order whose every prefix holds the classes in their shares, as nearly as whole rows allow."
+    "An order whose every prefix holds the classes in their shares, nearly."
     labels = list(labels)
-    order, members, place = seeded_order(len(labels), seed), {}, {}
+    order = seeded_order(len(labels), seed)
+    members = {}
     for i in order:
         members.setdefault(labels[i], []).append(i)
+    places = {}
     for rows in members.values():
         for rank, i in enumerate(rows):
-            place[i] = (rank + 0.5) / len(rows)
-    return sorted(order, key=place.__getitem__)
+            places[i] = (rank + 0.5) / len(rows)
+    return sorted(order, key=places.__getitem__)
 
 # %% ../nbs/data.ipynb #16b60b09
-SPLITS = dict(
-    movies=dict(train=8000, validation=541), digits=dict(train=600, validation=300)
-)  # the rest is test
+SPLITS = dict(  # rows; the rest is test
+    movies=dict(train=8000, validation=541),
+    digits=dict(train=600, validation=300),
+)
 
-
-def _cut(
+# %% ../nbs/data.ipynb #8383220f
+def cut(
     order: list,  # row numbers
     sizes: dict,  # split -> rows
 ) -> dict:  # split -> row numbers
     "The splits in turn; what `sizes` leaves over is the test split."
-    cuts, start = {}, 0
+    cuts = {}
+    start = 0
     for split, size in sizes.items():
-        cuts[split], start = order[start : start + size], start + size
+        cuts[split] = order[start : start + size]
+        start += size
     return cuts | {"test": order[start:]}
 
 # %% ../nbs/data.ipynb #070d6252
-_told = set()
+_noted = set()  # what `_note` has printed about, in this process
 
 
 def _note(
@@ -574,9 +597,9 @@ def _note(
     text: str,  # one line
 ):
     "Prints `text` the first time that `key` comes up in this process."
-    if key not in _told:
+    if key not in _noted:
         print(text, flush=True)
-    _told.add(key)
+    _noted.add(key)
 
 # %% ../nbs/data.ipynb #1752e373
 def _rated_dataset(
@@ -608,28 +631,34 @@ def _rated_dataset(
     )
 
 # %% ../nbs/data.ipynb #86a87cea
+def _summary(
+    source: str,  # movies, amazon, editorials or tweets
+    counts: dict,  # as `clean_rated` gives them
+) -> str:  # one line
+    "What of a source was read, dropped and kept."
+    return (
+        f"{source}: {counts['read']:,} read, {counts['unclear']:,} unclear and "
+        f"{counts['duplicates']} duplicates dropped, {counts['kept']:,} kept"
+    )
+
+
 def _load_movies(
     seed: int,  # picks the split
 ):
-    "Movie sentences in three splits, and the other three sources as out-of-domain splits."
+    "Movie sentences in three splits, and the other sources as out-of-domain splits."
     from datasets import DatasetDict
 
     folder = fetch("movies")
     kept, counts = clean_rated({source: read_rated(folder, source) for source in RATED})
-    about = {
-        s: f"{s}: {c['read']:,} read, {c['unclear']:,} unclear and {c['duplicates']} duplicates dropped, {c['kept']:,} kept"
-        for s, c in counts.items()
-    }
-    splits = _cut(seeded_order(len(kept["movies"]), seed), SPLITS["movies"])
+    about = {source: _summary(source, counts[source]) for source in counts}
+    movies = kept.pop("movies")
+    splits = cut(seeded_order(len(movies), seed), SPLITS["movies"])
     task = {
-        split: _rated_dataset([kept["movies"][i] for i in rows], about["movies"])
+        split: _rated_dataset([movies[i] for i in rows], about["movies"])
         for split, rows in splits.items()
     }
-    task |= {
-        source: _rated_dataset(rows, about[source])
-        for source, rows in kept.items()
-        if source != "movies"
-    }
+    for source, rows in kept.items():
+        task[source] = _rated_dataset(rows, about[source])
     _note("movies", "\n".join(about.values()))
     return DatasetDict(task)
 
@@ -637,11 +666,12 @@ def _load_movies(
 def _load_digits(
     seed: int,  # picks the split
 ):
-    "Handwritten digits, 8 x 8 pixels as 64 numbers from 0 to 1, in three stratified splits."
+    "Handwritten digits, 8 x 8 pixels as 64 numbers from 0 to 1, in stratified splits."
     from datasets import ClassLabel, Dataset, DatasetDict, Features, Sequence, Value
 
     digits = need("sklearn.datasets").load_digits()
-    pixels, labels = (digits.data / 16).tolist(), digits.target.tolist()
+    pixels = (digits.data / 16).tolist()
+    labels = digits.target.tolist()
     features = Features(
         idx=Value("int64"),
         pixel_values=Sequence(Value("float32"), length=64),
@@ -656,44 +686,41 @@ def _load_digits(
         )
         return Dataset.from_dict(columns, features=features)
 
-    return DatasetDict(
-        {
-            split: make(rows)
-            for split, rows in _cut(
-                stratified_order(labels, seed), SPLITS["digits"]
-            ).items()
-        }
-    )
+    splits = cut(stratified_order(labels, seed), SPLITS["digits"])
+    return DatasetDict({split: make(rows) for split, rows in splits.items()})
 
 # %% ../nbs/data.ipynb #1962a4f7
-SYMBOLS = "\n abcdefghijklmnopqrstuvwxyz0123456789.,'\"-!?;:()&"  # anything else counts as a space
+SYMBOLS = "\n abcdefghijklmnopqrstuvwxyz0123456789.,'\"-!?;:()&"  # number -> symbol
+_NUMBERS = {symbol: i for i, symbol in enumerate(SYMBOLS)}
+
+
+def _spelled(
+    text: str,  # upper case becomes lower case
+) -> list:  # of positions in `SYMBOLS`
+    "The numbers of the characters; one that is no symbol counts as a space."
+    return [_NUMBERS.get(c, _NUMBERS[" "]) for c in text.lower()]
+
+# %% ../nbs/data.ipynb #be28b8e3
+_WINDOWS = dict(train=8000, validation=200, test=500, amazon=300)  # at most
 
 
 def _load_characters(
     seed: int,  # picks the split of movies
 ):
-    "Sentences as one stream of lower-case characters, in windows of 64; the label of each character is the next one."
+    "Sentences as one stream of characters, in windows of 64."
     from datasets import Dataset, DatasetDict
 
-    rated, splits = _load_movies(seed), {}
-    for split, most in (
-        ("train", 8000),
-        ("validation", 200),
-        ("test", 500),
-        ("amazon", 300),
-    ):
-        stream = [
-            max(SYMBOLS.find(c), 0) or int(c != "\n")
-            for c in "\n".join(rated[split]["text"]).lower()
-        ]
+    rated = _load_movies(seed)
+    splits = {}
+    for split, most in _WINDOWS.items():
+        stream = _spelled("\n".join(rated[split]["text"]))
         starts = range(0, len(stream) - 64, 64)[:most]
-        splits[split] = Dataset.from_dict(
-            dict(
-                idx=list(range(len(starts))),
-                input_ids=[stream[i : i + 64] for i in starts],
-                label=[stream[i + 1 : i + 65] for i in starts],
-            )
+        columns = dict(
+            idx=list(range(len(starts))),
+            input_ids=[stream[i : i + 64] for i in starts],
+            label=[stream[i + 1 : i + 65] for i in starts],
         )
+        splits[split] = Dataset.from_dict(columns)
     return DatasetDict(splits)
 
 # %% ../nbs/data.ipynb #9b1976f0
@@ -713,7 +740,7 @@ _LABELS = ("label", "coarse_label", "intent")
 def _layout(
     columns: list,  # names
 ) -> tuple | None:  # (text columns, label column)
-    "Which columns hold the texts and the label, or None when this is no labelled text set."
+    "Which columns hold texts and label, or None when this is no labelled text set."
     texts = next((t for t in _TEXTS if set(t) <= set(columns)), None)
     label = next((name for name in _LABELS if name in columns), None)
     return (texts, label) if texts and label else None
@@ -724,20 +751,19 @@ def _unify(
     name: str,  # for the note
     split: str,  # for the note
 ):
-    "The data set with columns idx, text, (text_pair,) label, and without unlabelled rows."
+    "The data set with columns idx, text, (text_pair,) label, and labelled rows only."
     texts, label = _layout(dataset.column_names)
     if "idx" not in dataset.column_names:
         dataset = dataset.add_column("idx", list(range(len(dataset))))
     names = {"idx": "idx", **dict(zip(texts, ("text", "text_pair"))), label: "label"}
-    dataset = dataset.select_columns(list(names)).rename_columns(
-        {old: new for old, new in names.items() if old != new}
-    )
+    dataset = dataset.select_columns(list(names))
+    renamed = {old: new for old, new in names.items() if old != new}
+    dataset = dataset.rename_columns(renamed)
     labelled = [i for i, l in enumerate(dataset["label"]) if l not in (-1, None)]
-    if len(labelled) < len(dataset):
-        _note(
-            (name, split),
-            f"{name}: {len(dataset) - len(labelled):,} unlabelled rows of {split} left out",
-        )
+    unlabelled = len(dataset) - len(labelled)
+    if unlabelled:
+        note = f"{name}: {unlabelled:,} unlabelled rows of {split} left out"
+        _note((name, split), note)
         dataset = dataset.select(labelled)
     return dataset
 
@@ -745,40 +771,38 @@ def _unify(
 def _in_order(
     splits: dict,  # split -> Dataset
 ):
-    "A `DatasetDict`: train, validation, test, then the rest by name; empty splits left out."
+    "A `DatasetDict`: train, validation, test, then the rest by name; no empty splits."
     from datasets import DatasetDict
 
     usual = ["train", "validation", "test"]
-    return DatasetDict(
-        {
-            s: splits[s]
-            for s in usual + sorted(set(splits) - set(usual))
-            if s in splits and len(splits[s])
-        }
-    )
+    order = [s for s in usual if s in splits] + sorted(set(splits) - set(usual))
+    return DatasetDict({s: splits[s] for s in order if len(splits[s])})
 
 # %% ../nbs/data.ipynb #7a7cb420
 def _load_folder(
     name: str,  # a folder in `root`
     root: Path,  # `data_dir` or KDBOOK_DATA
 ):
-    "A task from the parquet files of `root`/NAME, one per split; files of another layout are passed over."
+    """A task from the parquet files of `root`/NAME, one per split.
+
+    Files of another layout are passed over. Raises `FileNotFoundError` if none is
+    left."""
     from datasets import Dataset, Features
 
-    pq = need("pyarrow.parquet")
+    pq = need("pyarrow.parquet", "train")
     splits = {}
     for path in sorted((root / name).glob("*.parquet")):
         table = pq.read_table(path)
         if _layout(table.column_names) is None:
             continue
-        dataset = Dataset.from_dict(
-            table.to_pydict(), features=Features.from_arrow_schema(table.schema)
-        )
+        features = Features.from_arrow_schema(table.schema)
+        dataset = Dataset.from_dict(table.to_pydict(), features=features)
         splits[path.stem] = _unify(dataset, name, path.stem)
     if not splits:
         raise FileNotFoundError(
-            f"no {root / name / 'train.parquet'} (nor another split with texts and labels): put the files there, "
-            "or leave data_dir= and KDBOOK_DATA unset to read GLUE from the Hub"
+            f"no {root / name / 'train.parquet'} (nor another split with texts and "
+            "labels): put the files there, or leave data_dir= and KDBOOK_DATA unset to "
+            "read GLUE from the Hub"
         )
     return _in_order(splits)
 
@@ -786,49 +810,49 @@ def _load_folder(
 def _load_hub(
     name: str,  # a GLUE task
 ):
-    "A GLUE task from the Hugging Face Hub."
+    """A GLUE task from the Hugging Face Hub.
+
+    Raises `FetchError`, with the way out, if the Hub gives none."""
     from datasets import load_dataset
 
     try:
         raw = load_dataset("nyu-mll/glue", name)
     except (OSError, ValueError) as e:
+        reason = (str(e) or repr(e)).splitlines()[0]
         raise FetchError(
-            f"cannot read nyu-mll/glue ({name}) from the Hub: {(str(e) or repr(e)).splitlines()[0]}. Without it, give "
-            f"data_dir= or set KDBOOK_DATA to a folder that holds {name}/train.parquet and its other splits"
+            f"cannot read nyu-mll/glue ({name}) from the Hub: {reason}. Without it, "
+            "give data_dir= or set KDBOOK_DATA to a folder that holds "
+            f"{name}/train.parquet and its other splits"
         ) from e
     matched = {"validation_matched": "validation", "test_matched": "test"}  # MNLI
-    return _in_order(
-        {matched.get(split, split): _unify(d, name, split) for split, d in raw.items()}
-    )
+    splits = {
+        matched.get(split, split): _unify(dataset, name, split)
+        for split, dataset in raw.items()
+    }
+    return _in_order(splits)
 
 # %% ../nbs/data.ipynb #6f7873fa
 def load_task(
     name: str,  # "movies", "characters", "digits", a GLUE task, or a set in `data_dir`
-    data_dir: str
-    | Path
-    | None = None,  # folder with NAME/SPLIT.parquet; None: KDBOOK_DATA if set, else the Hub
-    seed: int = 0,  # picks the split of movies and digits; no effect on sets that come with splits
-) -> (
-    "datasets.DatasetDict"
-):  # train, validation, test as far as there are, then out-of-domain splits
-    """The splits of a task, with the columns `idx`, `text` (and `text_pair`) or `pixel_values`, and `label`.
+    data_dir: str | Path | None = None,  # folder with NAME/SPLIT.parquet
+    seed: int = 0,  # picks the split of movies, characters and digits
+) -> "datasets.DatasetDict":  # train, validation, test, then out-of-domain splits
+    """The splits of a task: `idx`, `text` (and `text_pair`) or `pixel_values`, `label`.
 
-    "movies" adds `ratings` and `human_probs`; "characters" has `input_ids`, and as `label` the next one of each.
-    Raises `ValueError` for an unknown name and `FileNotFoundError` for a set that the folder lacks."""
-    need("datasets")
-    if name == "movies":
-        return _load_movies(seed)
-    if name in ("digits", "characters"):
-        return (_load_digits if name == "digits" else _load_characters)(seed)
+    Without `data_dir`, GLUE and other sets are read from the folder KDBOOK_DATA, and
+    where that is not set, GLUE from the Hub. Raises `ValueError` for an unknown name,
+    `FileNotFoundError` for a set that the folder lacks, and `FetchError` if nothing can
+    be fetched."""
+    need("datasets", "train")
+    own = dict(movies=_load_movies, characters=_load_characters, digits=_load_digits)
+    if name in own:
+        return own[name](seed)
     root = data_dir or os.environ.get("KDBOOK_DATA")
     root = Path(root).expanduser() if root else None
-    inside = (
-        sorted(p.name for p in root.iterdir() if p.is_dir())
-        if root and root.is_dir()
-        else []
-    )
+    folders = root.iterdir() if root and root.is_dir() else ()
+    inside = sorted(path.name for path in folders if path.is_dir())
     if name not in (*GLUE, *inside):
-        known = dict.fromkeys(("movies", "characters", "digits", *GLUE, *inside))
+        known = dict.fromkeys((*own, *GLUE, *inside))
         raise ValueError(f"unknown task {name!r}; there are {', '.join(known)}")
     return _load_folder(name, root) if root else _load_hub(name)
 
@@ -837,19 +861,18 @@ def _with_labels(
     dataset,  # Dataset with a `label` column
     labels: list,  # one per row
 ):
-    "The data set with other labels, as plain numbers, and its columns in the same order."
-    return (
-        dataset.remove_columns("label")
-        .add_column("label", labels)
-        .select_columns(dataset.column_names)
-    )
+    "The data set with other labels, as plain numbers; columns keep their order."
+    changed = dataset.remove_columns("label").add_column("label", labels)
+    return changed.select_columns(dataset.column_names)
 
 # %% ../nbs/data.ipynb #0cd3673d
 def one_rater(
     dataset,  # a split of "movies", with its `ratings` column
     seed: int = 0,  # picks the rater of each sentence
 ) -> "datasets.Dataset":  # same rows, same order; `label` is now a plain number
-    "The data set labelled by one rater per sentence, drawn at random; a rater who said 0 tosses a coin."
+    """The data set labelled by one rater per sentence, drawn at random.
+
+    A rater who said 0 tosses a coin."""
     draw = random.Random(f"one rater {seed}").random
 
     def vote(ratings):
@@ -862,11 +885,10 @@ def one_rater(
 def rater_accuracy(
     dataset,  # a split of "movies", with its `human_probs` column
 ) -> float:  # 0.5 to 1
-    "Accuracy that one rater per sentence, drawn at random, is expected to reach; a 0 counts half."
+    "Expected accuracy of one rater per sentence, drawn at random; a 0 counts half."
     rows = zip(dataset["human_probs"], dataset["label"])
-    return sum(
-        [(probs[2] if label else probs[0]) + probs[1] / 2 for probs, label in rows]
-    ) / len(dataset)
+    shares = [(probs[2] if label else probs[0]) + probs[1] / 2 for probs, label in rows]
+    return sum(shares) / len(dataset)
 
 # %% ../nbs/data.ipynb #b36efb71
 def hide_labels(
@@ -874,10 +896,13 @@ def hide_labels(
     keep: int,  # rows that keep their label
     seed: int = 0,  # picks them; a larger `keep` with the same seed keeps these too
 ) -> "datasets.Dataset":  # same rows, same order; `label` is now a plain number
-    "The data set with label -100 on all but `keep` rows."
+    """The data set with label -100 on all but `keep` rows.
+
+    Raises `ValueError` if there are fewer rows than `keep`."""
     if not 0 <= keep <= len(dataset):
         raise ValueError(f"keep must be between 0 and {len(dataset)} rows, got {keep}")
-    kept = set(seeded_order(len(dataset), f"hide {seed}")[:keep])
-    return _with_labels(
-        dataset, [l if i in kept else -100 for i, l in enumerate(dataset["label"])]
-    )
+    visible = set(seeded_order(len(dataset), f"hide {seed}")[:keep])
+    labels = [
+        label if i in visible else -100 for i, label in enumerate(dataset["label"])
+    ]
+    return _with_labels(dataset, labels)

@@ -45,7 +45,7 @@ from kdbook.rows import (
     with_column,
 )
 
-# %% ../nbs/annotate.ipynb #b502838c
+# %% ../nbs/annotate.ipynb #d35fe8b0
 def written(
     output: Any,  # what a teacher returned
 ) -> dict[str, Tensor]:  # column -> (batch, ...)
@@ -54,7 +54,7 @@ def written(
     An output has a `columns` dictionary where a method needs more than logits."""
     return {**getattr(output, "columns", {}), "teacher_logits": logits_of(output)}
 
-
+# %% ../nbs/annotate.ipynb #c3c92daf
 def _read_shard(path: Path, size: int) -> dict[str, Tensor] | None:
     "The columns in `path`; None where there are none, or the file is damaged."
     from safetensors import SafetensorError
@@ -67,7 +67,7 @@ def _read_shard(path: Path, size: int) -> dict[str, Tensor] | None:
     whole = columns and all(len(values) == size for values in columns.values())
     return columns if whole and "teacher_logits" in columns else None
 
-
+# %% ../nbs/annotate.ipynb #b502838c
 def _cached_columns(
     model: nn.Module,
     rows: Rows,
@@ -83,11 +83,12 @@ def _cached_columns(
     shards = [batches[i : i + per_shard] for i in range(0, len(batches), per_shard)]
     out: dict[str, Tensor] = {}
     for number, shard in enumerate(progress_bar(shards, progress, "annotate")):
-        index, path = sum(shard, []), folder / f"{number:05d}.safetensors"
+        index = sum(shard, [])
+        path = folder / f"{number:05d}.safetensors"
         columns = _read_shard(path, len(index))
         if columns is None:
-            found = run_batches(model, rows, shard, written)
-            columns = {name: values[index] for name, values in found.items()}
+            computed = run_batches(model, rows, shard, written)
+            columns = {name: values[index] for name, values in computed.items()}
             with optional_write(path):
                 save_tensors(columns, path)
         for name, values in columns.items():
@@ -140,12 +141,12 @@ def _from_record(dataset: "datasets.Dataset", name: str) -> "datasets.Dataset":
         # the row numbers of other sources overlap
         crc = dict(zip(record["idx"].tolist(), record["text_crc"].tolist()))
         rows = zip(dataset["idx"], text_crc(dataset).tolist())
-        place = {i: place[i] for i, found in rows if crc.get(i) == found}
-    lost = [i for i in dataset["idx"] if i not in place]
-    if lost:
+        place = {i: place[i] for i, checksum in rows if crc.get(i) == checksum}
+    missing = [i for i in dataset["idx"] if i not in place]
+    if missing:
         raise KeyError(
-            f"record {name!r} lacks {len(lost)} of {len(dataset)} rows, first idx "
-            f"{lost[0]}: annotate them with a live teacher"
+            f"record {name!r} lacks {len(missing)} of {len(dataset)} rows, first idx "
+            f"{missing[0]}: annotate them with a live teacher"
         )
     index = [place[i] for i in dataset["idx"]]
     for column in sorted(record):

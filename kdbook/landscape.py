@@ -24,12 +24,11 @@ from .training import mix_seed
 # %% ../nbs/landscape.ipynb #399860d3
 def trained_weights(
     model: nn.Module,  # any PyTorch model
-) -> dict[
-    str, Tensor
-]:  # name -> detached copy; a tensor used in two places appears once
-    """Copies of the parameters with `requires_grad`; frozen ones, such as word embeddings, stay out.
+) -> dict[str, Tensor]:  # name -> detached copy; a tensor used twice appears once
+    """Copies of the parameters with `requires_grad`.
 
-    Raises `ValueError` if there are none."""
+    Frozen ones, such as word embeddings, stay out. Raises `ValueError` if there are no
+    others."""
     weights = {
         name: p.detach().clone()
         for name, p in model.named_parameters()
@@ -46,16 +45,20 @@ def direction_to(
     a: dict[str, Tensor],  # where it starts
     b: dict[str, Tensor],  # where it ends: same names and shapes
 ) -> dict[str, Tensor]:  # b - a
-    "The direction from one set of weights to another. Raises `ValueError` where names or shapes differ."
+    """The direction from one set of weights to another.
+
+    Raises `ValueError` where names or shapes differ."""
     if a.keys() != b.keys():
         odd = sorted(a.keys() ^ b.keys())[0]
         raise ValueError(
-            f"{odd!r} is in one of the two sets of weights only ({len(a)} and {len(b)} tensors): take both from one architecture, with the same tensors trained"
+            f"{odd!r} is in one of the two sets of weights only ({len(a)} and {len(b)} "
+            "tensors): take both from one architecture, with the same tensors trained"
         )
     for name in a:
         if a[name].shape != b[name].shape:
             raise ValueError(
-                f"{name!r} is {tuple(a[name].shape)} and {tuple(b[name].shape)}: take both from one architecture"
+                f"{name!r} is {tuple(a[name].shape)} and {tuple(b[name].shape)}: "
+                "take both from one architecture"
             )
     return {name: b[name] - a[name] for name in a}
 
@@ -69,10 +72,13 @@ def moved(
     directions: Sequence[dict[str, Tensor]],  # with the names of `origin`
     coordinates: Sequence[float],  # one per direction
 ) -> dict[str, Tensor]:  # origin + sum of coordinate * direction
-    "The weights at `coordinates`. Raises `ValueError` unless there is one coordinate per direction."
+    """The weights at `coordinates`.
+
+    Raises `ValueError` unless there is one coordinate per direction."""
     if len(directions) != len(coordinates):
         raise ValueError(
-            f"{len(directions)} directions but {len(coordinates)} coordinates: give one each"
+            f"{len(directions)} directions but {len(coordinates)} coordinates: "
+            "give one each"
         )
     return {
         name: w + sum(float(c) * d[name] for c, d in zip(coordinates, directions))
@@ -83,32 +89,30 @@ def moved(
 def random_direction(
     weights: dict[str, Tensor],  # as `trained_weights` gives them
     seed: int = 0,  # of a generator of its own
-    norm: Literal[
-        "filter", "layer", "none"
-    ] = "filter",  # rows, or whole tensors, get the norm they have in `weights`; "none": raw
+    norm: Literal["filter", "layer", "none"] = "filter",  # rows, tensors, or nothing
 ) -> dict[str, Tensor]:  # same names and shapes
-    """A Gaussian direction, scaled to the weights row by row (Li et al. 2018, sec. 4); tensors of one dimension get zeros.
+    """A Gaussian direction, scaled to the weights row by row (Li et al. 2018, sec. 4).
 
-    Raises `ValueError` for another `norm`. With "none" nothing is scaled and nothing is zero."""
+    Rows, or with "layer" whole tensors, get the norm they have in `weights`; tensors of
+    one dimension get zeros. With "none" nothing is scaled and nothing is zero. Raises
+    `ValueError` for another `norm`."""
     if norm not in ("filter", "layer", "none"):
         raise ValueError(f'norm must be "filter", "layer" or "none", got {norm!r}')
     g = torch.Generator().manual_seed(seed)
     raw = {name: torch.randn(w.shape, generator=g).to(w) for name, w in weights.items()}
-    return (
-        raw
-        if norm == "none"
-        else {name: _scaled(raw[name], w, norm) for name, w in weights.items()}
-    )
+    if norm == "none":
+        return raw
+    return {name: _scaled(raw[name], w, norm) for name, w in weights.items()}
 
 
 def _scaled(direction: Tensor, weight: Tensor, norm: str) -> Tensor:
     if weight.ndim < 2:
         return torch.zeros_like(weight)
     rows = len(weight) if norm == "filter" else 1
-    d, w = direction.reshape(rows, -1), weight.reshape(rows, -1)
-    return (d * (w.norm(dim=1, keepdim=True) / d.norm(dim=1, keepdim=True))).reshape(
-        weight.shape
-    )
+    d = direction.reshape(rows, -1)
+    w = weight.reshape(rows, -1)
+    factor = w.norm(dim=1, keepdim=True) / d.norm(dim=1, keepdim=True)
+    return (d * factor).reshape(weight.shape)
 
 # %% ../nbs/landscape.ipynb #cf663649
 @contextmanager
@@ -139,6 +143,18 @@ def _batches(
     ]
 
 # %% ../nbs/landscape.ipynb #0fb37bc7
+def _on_device_of(
+    own: dict[str, Tensor], weights: dict[str, Tensor]
+) -> dict[str, Tensor]:
+    "`weights` where `own` is; their names and shapes must agree."
+    placed = {
+        name: w.to(own[name].device) if name in own else w
+        for name, w in weights.items()
+    }
+    direction_to(own, placed)
+    return placed
+
+
 def _sweep(
     model: nn.Module,
     dataset: "datasets.Dataset",
@@ -151,23 +167,17 @@ def _sweep(
     progress: bool,
 ) -> Tensor:  # (points, rows, num_labels)
     own = trained_weights(model)
-    origin = own if origin is None else origin
-    origin, *directions = [
-        {name: v.to(own[name].device) if name in own else v for name, v in each.items()}
-        for each in (origin, *directions)
-    ]
-    for each in (origin, *directions):
-        direction_to(own, each)  # names and shapes must agree
+    origin = own if origin is None else _on_device_of(own, origin)
+    directions = [_on_device_of(own, direction) for direction in directions]
     if not points:
         raise ValueError(
             "the grid has no points: give at least one coordinate per direction"
         )
-    rows = Rows(
-        encode(dataset, model, tokenizer, max_length),
-        pad_id=pad_id_of(model, tokenizer),
-    )
+    encoded = encode(dataset, model, tokenizer, max_length)
+    rows = Rows(encoded, pad_id=pad_id_of(model, tokenizer))
     indices = length_sorted(rows.lengths, batch_size)
-    batches, out = _batches(model, rows, indices), None
+    batches = _batches(model, rows, indices)
+    out = None
     with _evaluating(model), torch.no_grad():
         for n, point in enumerate(progress_bar(points, progress, "landscape")):
             weights = moved(origin, directions, point)
@@ -190,7 +200,9 @@ def logit_line(
     max_length: int = 64,  # tokens kept per row
     progress: bool = True,  # show a bar when there is more than a few seconds of work
 ) -> Tensor:  # (xs, rows, num_labels), on the CPU
-    "The model's logits along a line in weight space (Goodfellow et al. 2015), in evaluation mode."
+    """The model's logits along a line in weight space (Goodfellow et al. 2015).
+
+    The model is in evaluation mode meanwhile."""
     return _sweep(
         model,
         dataset,
@@ -211,7 +223,8 @@ def surface_of(
     "`loss` at every point. Raises `ValueError` for logits of another shape."
     if logits.ndim not in (3, 4):
         raise ValueError(
-            f"logits must be (xs, rows, num_labels) or (ys, xs, rows, num_labels), got {tuple(logits.shape)}"
+            "logits must be (xs, rows, num_labels) or (ys, xs, rows, num_labels), "
+            f"got {tuple(logits.shape)}"
         )
     flat = logits.flatten(0, -3)
     return torch.tensor([float(loss(each)) for each in flat]).reshape(logits.shape[:-2])
@@ -220,9 +233,7 @@ def surface_of(
 def logit_surface(
     model: nn.Module,  # left as it is
     dataset: "datasets.Dataset",  # rows with text, tokens or pixels
-    directions: Sequence[
-        dict[str, Tensor]
-    ],  # two, with the names of `trained_weights(model)`
+    directions: Sequence[dict[str, Tensor]],  # two, with the model's weight names
     xs: Sequence[float],  # coordinates along the first
     ys: Sequence[float],  # coordinates along the second
     origin: dict[str, Tensor] | None = None,  # weights at (0, 0); default: the model's
@@ -231,13 +242,16 @@ def logit_surface(
     max_length: int = 64,  # tokens kept per row
     progress: bool = True,  # show a bar when there is more than a few seconds of work
 ) -> Tensor:  # (ys, xs, rows, num_labels), on the CPU
-    "The model's logits on a grid in a plane of weight space (Li et al. 2018), in evaluation mode."
+    """The model's logits on a grid in a plane of weight space (Li et al. 2018).
+
+    The model is in evaluation mode meanwhile. Raises `ValueError` unless there are two
+    directions with the names of `trained_weights(model)`."""
     if len(directions) != 2:
         raise ValueError(
             f"a surface needs 2 directions, got {len(directions)}: for 1 use logit_line"
         )
     points = [(x, y) for y in ys for x in xs]
-    return _sweep(
+    logits = _sweep(
         model,
         dataset,
         directions,
@@ -247,7 +261,8 @@ def logit_surface(
         tokenizer,
         max_length,
         progress,
-    ).unflatten(0, (len(ys), len(xs)))
+    )
+    return logits.unflatten(0, (len(ys), len(xs)))
 
 # %% ../nbs/landscape.ipynb #22704358
 def project(
@@ -255,40 +270,41 @@ def project(
     origin: dict[str, Tensor],  # where all coordinates are 0
     directions: Sequence[dict[str, Tensor]],  # need not be orthogonal
 ) -> Tensor:  # (len(directions),), float64
-    "The coordinates of the point nearest to `weights` among those that `moved` can reach."
+    "The coordinates of the point nearest to `weights` that `moved` can reach."
     step = direction_to(origin, weights)
     gram = torch.tensor(
         [[_dot(a, b) for b in directions] for a in directions], dtype=torch.float64
     )
-    return torch.linalg.pinv(gram, hermitian=True) @ torch.tensor(
-        [_dot(d, step) for d in directions], dtype=torch.float64
-    )
+    along = torch.tensor([_dot(d, step) for d in directions], dtype=torch.float64)
+    return torch.linalg.pinv(gram, hermitian=True) @ along
 
 # %% ../nbs/landscape.ipynb #8a6ebee9
 def plane(
     origin: dict[str, Tensor],  # goes to (0, 0)
     first: dict[str, Tensor],  # goes to (x, 0), x > 0
     second: dict[str, Tensor],  # goes to (x, y), y > 0
-) -> tuple[
-    list[dict[str, Tensor]], Tensor
-]:  # two orthonormal directions; (3, 2), where the three are
-    "The plane through three sets of weights (as in Garipov et al. 2018, Figure 1). Raises `ValueError` if they lie on a line."
-    u, v = direction_to(origin, first), direction_to(origin, second)
-    across, up = _dot(u, u) ** 0.5, _dot(v, v) ** 0.5
+) -> tuple[list[dict[str, Tensor]], Tensor]:  # two directions; (3, 2) coordinates
+    """The plane through three sets of weights (as in Garipov et al. 2018, Figure 1).
+
+    The directions are orthonormal; the coordinates say where the three are. Raises
+    `ValueError` if they lie on a line."""
+    u = direction_to(origin, first)
+    v = direction_to(origin, second)
+    across = _dot(u, u) ** 0.5
+    up = _dot(v, v) ** 0.5
     e = moved(u, [u], [1 / across - 1]) if across else u
     along = _dot(v, e)
     rest = moved(v, [e], [-along])
-    rest = moved(
-        rest, [e], [-_dot(rest, e)]
-    )  # once more: rounding left a little of `e`
+    rest = moved(rest, [e], [-_dot(rest, e)])  # again: rounding left a little of `e`
     height = _dot(rest, rest) ** 0.5
     if min(across, height) <= 1e-5 * max(across, up):
         raise ValueError(
-            f"the three lie on a line: the second direction leaves it by {height:.1e} of {up:.1e}; use logit_line along direction_to(origin, first)"
+            "the three lie on a line: the second direction leaves it by "
+            f"{height:.1e} of {up:.1e}; "
+            "use logit_line along direction_to(origin, first)"
         )
-    return [e, moved(rest, [rest], [1 / height - 1])], torch.tensor(
-        [[0, 0], [across, 0], [along, height]], dtype=torch.float64
-    )
+    at = torch.tensor([[0, 0], [across, 0], [along, height]], dtype=torch.float64)
+    return [e, moved(rest, [rest], [1 / height - 1])], at
 
 # %% ../nbs/landscape.ipynb #126e83fd
 @dataclass(frozen=True)
@@ -299,24 +315,39 @@ class Estimate:
     error: float  # standard error of the mean; NaN where there was only one
 
     def __str__(self) -> str:
-        if isnan(self.error) or self.error == 0:
-            return f"{self.mean:.3g}" + ("" if isnan(self.error) else " ± 0")
+        if isnan(self.error):
+            return f"{self.mean:.3g}"
+        if self.error == 0:
+            return f"{self.mean:.3g} ± 0"
         digits = -floor(log10(self.error))
-        return " ± ".join(
-            f"{round(v, digits):.{max(0, digits)}f}" for v in (self.mean, self.error)
-        )
+        show = lambda v: f"{round(v, digits):.{max(0, digits)}f}"
+        return f"{show(self.mean)} ± {show(self.error)}"
 
 
 def _estimate(values: list[float]) -> Estimate:
     v = torch.tensor(values, dtype=torch.float64)
-    return Estimate(
-        v.mean().item(),
-        (v.std() / len(v) ** 0.5).item() if len(v) > 1 else float("nan"),
-    )
+    error = (v.std() / len(v) ** 0.5).item() if len(v) > 1 else float("nan")
+    return Estimate(v.mean().item(), error)
 
 # %% ../nbs/landscape.ipynb #4ac04f4f
 def _on_labels(logits: Tensor, batch: dict[str, Tensor]) -> Tensor:
     return label_loss(logits, batch["labels"])
+
+
+def _labelled(dataset: "datasets.Dataset") -> "datasets.Dataset":
+    "The rows that have a label."
+    if "label" not in dataset.column_names:
+        raise ValueError(
+            f"no column 'label' among {dataset.column_names}: "
+            "give labelled rows, or a loss of your own"
+        )
+    kept = [i for i, label in enumerate(dataset["label"]) if label != -100]
+    if not kept:
+        raise ValueError(
+            f"all {len(dataset)} labels are -100: "
+            "give labelled rows, or a loss of your own"
+        )
+    return dataset.select(kept) if len(kept) < len(dataset) else dataset
 
 
 def _loss_rows(
@@ -326,24 +357,11 @@ def _loss_rows(
     tokenizer: Any,
     max_length: int,
 ) -> Rows:
-    "The rows with their labels and teacher's logits; for the label loss, only rows that have a label."
+    "The rows with what a loss may read; for the label loss, those that have a label."
     if loss is _on_labels:
-        if "label" not in dataset.column_names:
-            raise ValueError(
-                f"no column 'label' among {dataset.column_names}: give labelled rows, or a loss of your own"
-            )
-        kept = [i for i, label in enumerate(dataset["label"]) if label != -100]
-        if not kept:
-            raise ValueError(
-                f"all {len(dataset)} labels are -100: give labelled rows, or a loss of your own"
-            )
-        if len(kept) < len(dataset):
-            dataset = dataset.select(kept)
-    return Rows(
-        encode(dataset, model, tokenizer, max_length),
-        ("label", "teacher_logits"),
-        pad_id_of(model, tokenizer),
-    )
+        dataset = _labelled(dataset)
+    encoded = encode(dataset, model, tokenizer, max_length)
+    return Rows(encoded, ("label", "teacher_logits"), pad_id_of(model, tokenizer))
 
 # %% ../nbs/landscape.ipynb #eadb3c2c
 def _gradient(
@@ -352,65 +370,74 @@ def _gradient(
     batch: dict[str, Tensor],
     loss: Callable,
     twice: bool = False,
-) -> tuple:
+) -> tuple[Tensor, dict[str, Tensor], tuple[Tensor, ...]]:
     "The loss, the weights that it can be differentiated by, and its gradient."
     at = {name: w.detach().requires_grad_() for name, w in weights.items()}
     value = loss(_forward_at(model, at, batch), batch)
-    return (
-        value,
-        at,
-        torch.autograd.grad(
-            value, list(at.values()), create_graph=twice, materialize_grads=True
-        ),
+    gradient = torch.autograd.grad(
+        value, list(at.values()), create_graph=twice, materialize_grads=True
     )
+    return value, at, gradient
+
+# %% ../nbs/landscape.ipynb #afc887f6
+def _rise(
+    model: nn.Module,
+    weights: dict[str, Tensor],
+    batch: dict[str, Tensor],
+    loss: Callable,
+    rho: float,
+    steps: int,
+) -> float:
+    "How far the loss of one batch rises on its way up."
+    values = []
+    for _ in range(steps):
+        value, _, gradient = _gradient(model, weights, batch, loss)
+        values.append(value.item())
+        length = sum(g.double().pow(2).sum().item() for g in gradient) ** 0.5
+        if length:
+            way = dict(zip(weights, gradient))
+            weights = moved(weights, [way], [rho / steps / length])
+    with torch.no_grad():
+        values.append(loss(_forward_at(model, weights, batch), batch).item())
+    return values[-1] - values[0]
 
 # %% ../nbs/landscape.ipynb #38de25c2
 def sharpness(
     model: nn.Module,  # left as it is
-    dataset: "datasets.Dataset",  # rows with text, tokens or pixels; with labels unless `loss` needs none
+    dataset: "datasets.Dataset",  # rows with text, tokens or pixels
     rho: float = 0.05,  # > 0, length of the way up, in the units of the weights
     steps: int = 1,  # >= 1; the way is cut into steps, each along a new gradient
-    batch_size: int = 64,  # >= 1, rows per chunk at least; smaller chunks are sharper, so it changes the result
-    loss: Callable[
-        [Tensor, dict], Tensor
-    ] = _on_labels,  # (logits, batch) -> scalar; the batch holds labels and teacher_logits
+    batch_size: int = 64,  # >= 1, rows per chunk at least; it changes the result
+    loss: Callable[[Tensor, dict], Tensor] = _on_labels,  # of (logits, batch)
     seed: int = 0,  # decides which rows form a chunk
     tokenizer: Any = None,  # default: the model's own
     max_length: int = 64,  # tokens kept per row
     progress: bool = True,  # show a bar when there is more than a few seconds of work
 ) -> Estimate:  # in the unit of the loss, over chunks
-    """How far the loss rises within `rho` along its gradient (Foret et al. 2021, eq. 2, with `steps=1`).
+    """How far the loss rises within `rho` along its gradient (Foret et al. 2021).
 
-    Raises `ValueError` for `rho` or `steps` out of range, and for rows without labels."""
+    With one step it is their equation 2. Smaller chunks are sharper. A `loss` of your
+    own gets a batch with labels and teacher_logits, where the rows have them. Raises
+    `ValueError` for `rho` or `steps` out of range, and for rows without the labels that
+    the default loss needs."""
     if rho <= 0 or min(steps, batch_size) < 1:
         raise ValueError(
-            f"need rho > 0, steps >= 1 and batch_size >= 1, got rho={rho}, steps={steps}, batch_size={batch_size}"
+            "need rho > 0, steps >= 1 and batch_size >= 1, "
+            f"got rho={rho}, steps={steps}, batch_size={batch_size}"
         )
     rows = _loss_rows(model, dataset, loss, tokenizer, max_length)
     order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed))
     chunks = [c.tolist() for c in order.tensor_split(max(1, len(rows) // batch_size))]
-    start, rises = trained_weights(model), []
+    start = trained_weights(model)
+    rises = []
     with (
         _evaluating(model),
         torch.enable_grad(),
         torch.backends.cudnn.flags(enabled=False),
     ):
         for index in progress_bar(chunks, progress, "sharpness"):
-            batch, weights, first = _batches(model, rows, [index])[0], start, None
-            for _ in range(steps):
-                value, _, gradient = _gradient(model, weights, batch, loss)
-                first, length = (
-                    value.item() if first is None else first,
-                    sum(g.double().pow(2).sum().item() for g in gradient) ** 0.5,
-                )
-                if length:
-                    weights = moved(
-                        weights, [dict(zip(weights, gradient))], [rho / steps / length]
-                    )
-            with torch.no_grad():
-                rises.append(
-                    loss(_forward_at(model, weights, batch), batch).item() - first
-                )
+            (batch,) = _batches(model, rows, [index])
+            rises.append(_rise(model, start, batch, loss, rho, steps))
     return _estimate(rises)
 
 # %% ../nbs/landscape.ipynb #77ef92ed
@@ -432,27 +459,26 @@ def _curvature(gradient: Sequence[Tensor], at: dict[str, Tensor], seed: int) -> 
 # %% ../nbs/landscape.ipynb #a91f4397
 def hessian_trace(
     model: nn.Module,  # left as it is
-    dataset: "datasets.Dataset",  # rows with text, tokens or pixels; with labels unless `loss` needs none
+    dataset: "datasets.Dataset",  # rows with text, tokens or pixels
     samples: int = 10,  # probes, >= 1; each costs about as much as two gradients
     seed: int = 0,  # of the probes
     batch_size: int = 64,  # rows per pass; changes memory and time, not the result
-    loss: Callable[
-        [Tensor, dict], Tensor
-    ] = _on_labels,  # (logits, batch) -> scalar mean over rows; the batch holds labels and teacher_logits
+    loss: Callable[[Tensor, dict], Tensor] = _on_labels,  # mean of (logits, batch)
     tokenizer: Any = None,  # default: the model's own
     max_length: int = 64,  # tokens kept per row
     progress: bool = True,  # show a bar when there is more than a few seconds of work
 ) -> Estimate:  # over probes
-    """The sum of all second derivatives d2L/dw2, estimated by random signs (Hutchinson 1989).
+    """The sum of all second derivatives, estimated by random signs (Hutchinson 1989).
 
-    Raises `ValueError` for fewer than 1 sample, and for rows without labels."""
+    A `loss` of your own is a mean over rows; it gets a batch with labels and
+    teacher_logits, where the rows have them. Raises `ValueError` for fewer than 1
+    sample, and for rows without the labels that the default loss needs."""
     if samples < 1:
         raise ValueError(f"samples must be >= 1, got {samples}")
-    rows, weights = (
-        _loss_rows(model, dataset, loss, tokenizer, max_length),
-        trained_weights(model),
-    )
-    indices, found = length_sorted(rows.lengths, batch_size), [0.0] * samples
+    rows = _loss_rows(model, dataset, loss, tokenizer, max_length)
+    weights = trained_weights(model)
+    indices = length_sorted(rows.lengths, batch_size)
+    traces = [0.0] * samples
     with (
         _evaluating(model),
         torch.enable_grad(),
@@ -460,26 +486,23 @@ def hessian_trace(
         sdpa_kernel(SDPBackend.MATH),
     ):
         for index in progress_bar(indices, progress, "curvature"):
-            _, at, gradient = _gradient(
-                model, weights, _batches(model, rows, [index])[0], loss, twice=True
-            )
+            (batch,) = _batches(model, rows, [index])
+            _, at, gradient = _gradient(model, weights, batch, loss, twice=True)
+            share = len(index) / len(rows)
             for k in range(samples):
-                found[k] += (
-                    len(index) / len(rows) * _curvature(gradient, at, mix_seed(seed, k))
-                )
-    return _estimate(found)
+                traces[k] += share * _curvature(gradient, at, mix_seed(seed, k))
+    return _estimate(traces)
 
 # %% ../nbs/landscape.ipynb #862edcbb
 def pca_plane(
-    trail: Sequence[
-        dict[str, Tensor]
-    ],  # weights in the order of training, 3 or more; the last are the origin
-) -> tuple[
-    list[dict[str, Tensor]], Tensor, Tensor
-]:  # two orthonormal directions; (len(trail), 2); (2,) shares of the variance
-    """The plane through the last weights that holds most of the path to them (Li et al. 2018, sec. 7).
+    trail: Sequence[dict[str, Tensor]],  # 3 or more weights in the order of training
+) -> tuple[list[dict[str, Tensor]], Tensor, Tensor]:  # directions, coordinates, shares
+    """The plane at the last weights with most of the path (Li et al. 2018, sec. 7).
 
-    The first weights have no positive coordinate. A direction whose share is 0 is all zeros. Raises `ValueError` for fewer than 3."""
+    The last weights are the origin, the first have no positive coordinate. There are
+    two orthonormal directions, (len(trail), 2) coordinates, and two shares of the
+    variance; a direction whose share is 0 is all zeros. Raises `ValueError` for fewer
+    than 3."""
     if len(trail) < 3:
         raise ValueError(f"a plane needs 3 sets of weights or more, got {len(trail)}")
     steps = [direction_to(trail[-1], w) for w in trail]
@@ -487,18 +510,13 @@ def pca_plane(
         [[_dot(a, b) for b in steps] for a in steps], dtype=torch.float64
     )
     centring = torch.eye(len(trail), dtype=torch.float64) - 1 / len(trail)
-    values, vectors = torch.linalg.eigh(
-        centring @ gram @ centring
-    )  # as large as the trail is long, not as the model
-    values, mix = values.flip(0)[:2].clamp(min=0), (centring @ vectors).flip(1)[:, :2]
+    # a matrix as large as the trail is long, not as the model
+    values, vectors = torch.linalg.eigh(centring @ gram @ centring)
+    values = values.flip(0)[:2].clamp(min=0)
+    mix = (centring @ vectors).flip(1)[:, :2]
     share = values / (centring @ gram).trace().clamp(min=1e-300)
     scale = torch.where(share > 1e-9, values.clamp(min=1e-300).rsqrt(), 0.0)
     mix = mix * scale * torch.where((gram @ mix)[0] > 0, -1.0, 1.0)
-    directions = [
-        {
-            name: sum(float(c) * s[name] for c, s in zip(column, steps))
-            for name in trail[-1]
-        }
-        for column in mix.T
-    ]
+    mixed = lambda name, column: sum(float(c) * s[name] for c, s in zip(column, steps))
+    directions = [{name: mixed(name, column) for name in trail[-1]} for column in mix.T]
     return directions, gram @ mix, share * (scale > 0)

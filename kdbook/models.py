@@ -8,6 +8,7 @@ __all__ = ['from_hub', 'load_tokenizer', 'seeded', 'check_whole', 'teacher', 'nu
            'image_net', 'character_student']
 
 # %% ../nbs/models.ipynb #b42a5af0
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
@@ -21,8 +22,15 @@ from .data import fetch
 from .files import need
 
 # %% ../nbs/models.ipynb #a46b0a20
-def from_hub(load, name: str | Path, **settings):
-    "`load(name, **settings)`; where that fails, one sentence about `name`."
+def from_hub(
+    load: Callable,  # a `from_pretrained`
+    name: str | Path,  # a folder with a saved model, or a Hub id
+    **settings,  # arguments of `load`
+):  # what `load` returns
+    """`load(name, **settings)`, with one sentence about `name` where that fails.
+
+    Raises `OSError` if there is no such model, and `ValueError` if `name` is no name
+    or the saved head has another number of labels."""
     from huggingface_hub.errors import HFValidationError
 
     if not isinstance(name, (str, Path)) or not str(name):
@@ -34,27 +42,28 @@ def from_hub(load, name: str | Path, **settings):
     except (OSError, HFValidationError) as e:
         reason = str(e).strip().splitlines()[0]
         raise OSError(
-            f"no model {name!r}: it is not 'minilm', not a folder with a saved model, and the Hugging Face Hub "
-            f"did not give it ({reason})"
+            f"no model {name!r}: it is not 'minilm', not a folder with a saved model, "
+            f"and the Hugging Face Hub did not give it ({reason})"
         ) from e
     except RuntimeError as e:
         if "ignore_mismatched_sizes" not in str(e):
             raise
-        saved = need("transformers").AutoConfig.from_pretrained(name).num_labels
+        config = need("transformers", "train").AutoConfig.from_pretrained(name)
         raise ValueError(
-            f"{name!r} has a head for {saved} labels, not for num_labels={settings['num_labels']}: "
-            f"ask for {saved}, or save its encoder alone"
+            f"{name!r} has a head for {config.num_labels} labels, "
+            f"not for num_labels={settings['num_labels']}: "
+            f"ask for {config.num_labels}, or save its encoder alone"
         ) from e
 
 # %% ../nbs/models.ipynb #bf6564e7
 def load_tokenizer(
-    name: str
-    | Path = "minilm",  # "minilm" (needs no Hub), a folder with a saved tokenizer, or a Hub id
+    name: str | Path = "minilm",  # or a folder with a saved tokenizer, or a Hub id
 ):  # a fast Hugging Face tokenizer
-    """The tokenizer that belongs to `name`.
+    """The tokenizer that belongs to `name`; "minilm" needs no Hub.
 
-    Raises `OSError` if there is no such model. Code that comes with a Hub model is never run."""
-    auto = need("transformers").AutoTokenizer
+    Raises `OSError` if there is no such model. Code that comes with a Hub model is
+    never run."""
+    auto = need("transformers", "train").AutoTokenizer
     if name == "minilm":
         return auto.from_pretrained(fetch("minilm"), local_files_only=True)
     return from_hub(auto.from_pretrained, name)
@@ -63,60 +72,63 @@ def load_tokenizer(
 @contextmanager
 def seeded(
     seed: int,  # of everything drawn inside the block
-):
-    "Draw from `seed`, on the CPU; afterwards PyTorch's generators stand where they stood."
+) -> Iterator[None]:
+    "Draw from `seed`, on the CPU; afterwards PyTorch's generators are as they were."
     with torch.random.fork_rng(devices=[]), torch.device("cpu"):
-        torch.default_generator.manual_seed(
-            seed
-        )  # torch.manual_seed would also reseed the GPUs
+        # torch.manual_seed would also reseed the GPUs
+        torch.default_generator.manual_seed(seed)
         yield
 
 # %% ../nbs/models.ipynb #70654507
-def check_whole(**values: int):
-    "Refuses values that are not whole numbers from 1 up."
+def check_whole(
+    **values: int,  # each under the name that the message gives it
+) -> None:
+    """Pass if all are whole numbers from 1 up.
+
+    Raises `ValueError` with the name and the value of the first that is not."""
     for name, value in values.items():
         if isinstance(value, bool) or not isinstance(value, int) or value < 1:
             raise ValueError(f"{name} must be a whole number, 1 or more; got {value!r}")
 
 # %% ../nbs/models.ipynb #0ab0dc08
-def _minilm(num_labels: int, attn_implementation: str):
+def _minilm(
+    num_labels: int,  # outputs of the head, which is new
+    attn_implementation: str,  # as transformers names them
+):
+    "MiniLM's encoder from its verified file, under a new head."
     from safetensors.torch import load_file
 
-    hf, folder = need("transformers"), fetch("minilm")
+    hf = need("transformers", "train")
+    folder = fetch("minilm")
     config = hf.BertConfig.from_pretrained(folder, num_labels=num_labels)
     model = hf.AutoModelForSequenceClassification.from_config(
         config, attn_implementation=attn_implementation
     )
     weights = load_file(folder / "model.safetensors")
-    weights.pop(
-        "embeddings.position_ids", None
-    )  # the numbers 0 to 511, which transformers no longer stores
+    # the numbers 0 to 511, which transformers no longer stores
+    weights.pop("embeddings.position_ids", None)
     model.bert.load_state_dict(weights)
     return model
 
 # %% ../nbs/models.ipynb #3cd42cac
 def teacher(
-    name: str
-    | Path = "minilm",  # "minilm" (needs no Hub), a folder written by `save_pretrained`, or a Hub id
+    name: str | Path = "minilm",  # or a folder by `save_pretrained`, or a Hub id
     num_labels: int = 2,  # outputs of the classification head
     attn_implementation: str = "sdpa",  # "eager" where a loss is differentiated twice
     seed: int = 0,  # of a head that is new; PyTorch's own generator is left alone
 ):  # Hugging Face model with a `.tokenizer`; float32, evaluation mode
-    """A pretrained encoder with a classification head.
+    """A pretrained encoder with a classification head; "minilm" needs no Hub.
 
-    Raises `OSError` if there is no such model, `ValueError` if it has a head of another size."""
+    Raises `OSError` if there is no such model, `ValueError` if it has a head of another
+    size."""
     check_whole(num_labels=num_labels)
-    load = need("transformers").AutoModelForSequenceClassification.from_pretrained
+    auto = need("transformers", "train").AutoModelForSequenceClassification
+    settings = dict(num_labels=num_labels, attn_implementation=attn_implementation)
     with seeded(seed):
         if name == "minilm":
-            model = _minilm(num_labels, attn_implementation)
+            model = _minilm(**settings)
         else:
-            model = from_hub(
-                load,
-                name,
-                num_labels=num_labels,
-                attn_implementation=attn_implementation,
-            ).float()
+            model = from_hub(auto.from_pretrained, name, **settings).float()
     model.tokenizer = load_tokenizer(name)
     return model.eval()
 
@@ -140,23 +152,26 @@ def pca_embeddings(
 
     Raises `ValueError` if `width` is larger than the rows are long."""
     check_whole(width=width)
-    if width > embeddings.shape[1]:
+    d = embeddings.shape[1]
+    if width > d:
         raise ValueError(
-            f"PCA cannot make {embeddings.shape[1]}-dimensional embeddings wider (width={width}): "
-            f"take width <= {embeddings.shape[1]} or embeddings='random'"
+            f"PCA cannot make {d}-dimensional embeddings wider (width={width}): "
+            f"take width <= {d} or embeddings='random'"
         )
-    centred = embeddings.detach().float() - embeddings.detach().float().mean(0)
-    _, vectors = torch.linalg.eigh(
-        (centred.T @ centred).double()
-    )  # smallest eigenvalue first
+    rows = embeddings.detach().float()
+    centred = rows - rows.mean(0)
+    # eigh sorts from the smallest eigenvalue up
+    _, vectors = torch.linalg.eigh((centred.T @ centred).double())
     basis = vectors.flip(1)[:, :width]
     largest = basis.gather(0, basis.abs().argmax(0, keepdim=True))
     projected = centred @ (basis * largest.sign()).float()
     return projected * (std / projected.std())
 
 # %% ../nbs/models.ipynb #a9169cf3
-def teacher_vocabulary(teacher=None):
-    "Word embeddings and tokenizer of `teacher`, or of MiniLM as downloaded."
+def teacher_vocabulary(
+    teacher: nn.Module | None = None,  # with a `.tokenizer`; None: MiniLM, downloaded
+) -> tuple:  # word embeddings (vocab_size, d) on the CPU, and the tokenizer
+    "The words that students of `teacher` start from."
     if teacher is not None:
         return teacher.get_input_embeddings().weight.detach().cpu(), teacher.tokenizer
     from safetensors import safe_open
@@ -165,8 +180,16 @@ def teacher_vocabulary(teacher=None):
         return f.get_tensor("embeddings.word_embeddings.weight"), load_tokenizer()
 
 # %% ../nbs/models.ipynb #ec78d4cf
-def _fill(layer: nn.Embedding, words: Tensor, kind: str, freeze: bool, std: float):
-    "Writes the chosen word embeddings into `layer`."
+def _fill(
+    layer: nn.Embedding,  # of the student
+    words: Tensor,  # (vocab_size, d) of the teacher
+    kind: str,  # "pca" or "random"
+    freeze: bool,  # True: an optimiser leaves them alone
+    std: float,  # of "pca"
+):
+    """Writes the chosen word embeddings into `layer`.
+
+    Raises `ValueError` for another `kind`."""
     if kind not in ("pca", "random"):
         raise ValueError(f"embeddings must be 'pca' or 'random'; got {kind!r}")
     if kind == "pca":
@@ -181,14 +204,20 @@ def _share(**values: float):
             raise ValueError(f"{name} must be at least 0 and below 1; got {value!r}")
 
 # %% ../nbs/models.ipynb #f622ed7e
-def _heads(width: int, heads: int | None) -> int:
-    "The number of heads asked for, or one that makes them 64 or 32 wide."
+def _heads(
+    width: int,  # hidden size
+    heads: int | None,  # None: as many as make them 64 wide, or 32
+) -> int:  # attention heads
+    """The number of heads asked for, or one that makes them 64 or 32 wide.
+
+    Raises `ValueError` if it does not divide `width`."""
     if heads is None:
         size = next((s for s in (64, 32) if width % s == 0), None)
         if size:
             return width // size
         raise ValueError(
-            f"width={width} has no heads of size 64 or 32: take a multiple of 32, or give heads= a divisor of {width}"
+            f"width={width} has no heads of size 64 or 32: "
+            f"take a multiple of 32, or give heads= a divisor of {width}"
         )
     check_whole(heads=heads)
     if width % heads:
@@ -201,19 +230,20 @@ def student(
     width: int = 128,  # hidden size; feed-forward layers are 4 times as wide
     num_labels: int = 2,  # outputs of the classification head
     embeddings: str = "pca",  # "pca" of the teacher's word embeddings, or "random"
-    freeze_embeddings: bool = True,  # word embeddings are not trained; positions always are
+    freeze_embeddings: bool = True,  # word embeddings are not trained; positions are
     heads: int | None = None,  # attention heads; None makes them 64 wide, or 32
     dropout: float = 0.1,  # in [0, 1)
     attn_implementation: str = "sdpa",  # "eager" where a loss is differentiated twice
     seed: int = 0,  # of every random weight; PyTorch's own generator is left alone
-    teacher=None,  # model with a `.tokenizer` whose words to take; None: MiniLM as downloaded
+    teacher: nn.Module | None = None,  # whose words to take; None: MiniLM, downloaded
 ):  # Hugging Face BERT with a `.tokenizer`; float32, evaluation mode
-    """A small BERT classifier over the teacher's vocabulary.
+    """A small BERT classifier over the vocabulary of a teacher with a `.tokenizer`.
 
     Raises `ValueError` for sizes that do not fit together."""
     check_whole(layers=layers, width=width, num_labels=num_labels)
     _share(dropout=dropout)
-    hf, heads = need("transformers"), _heads(width, heads)
+    hf = need("transformers", "train")
+    heads = _heads(width, heads)
     words, tokenizer = teacher_vocabulary(teacher)
     config = hf.BertConfig(
         vocab_size=len(words),
@@ -230,39 +260,32 @@ def student(
         model = hf.AutoModelForSequenceClassification.from_config(
             config, attn_implementation=attn_implementation
         )
-    _fill(
-        model.get_input_embeddings(),
-        words,
-        embeddings,
-        freeze_embeddings,
-        config.initializer_range,
-    )
+    table = model.get_input_embeddings()
+    _fill(table, words, embeddings, freeze_embeddings, config.initializer_range)
     model.tokenizer = tokenizer
     return model.eval()
 
 # %% ../nbs/models.ipynb #3314176d
 class Output(NamedTuple):
-    "What the models without Transformers return; Hugging Face's outputs have these two names as well."
+    "What the models without Transformers return, under Hugging Face's two names."
 
     logits: Tensor  # (batch, num_labels)
-    hidden_states: tuple | None = (
-        None  # one tensor per layer, from models that give them
-    )
+    hidden_states: tuple | None = None  # a tensor per layer, from models that give them
 
 # %% ../nbs/models.ipynb #b8f7e221
 class _TextNet(nn.Module):
-    "Words, then `features(words, mask)`, vectors that a subclass makes, then a linear layer on the last of them."
+    "Words, then a subclass's `features(words, mask)`, then a linear layer on the last."
 
     def __init__(
         self, width, num_labels, embeddings, freeze_embeddings, dropout, teacher
     ):
         super().__init__()
         words, self.tokenizer = teacher_vocabulary(teacher)
-        self.num_labels, self.dropout = num_labels, nn.Dropout(dropout)
+        self.num_labels = num_labels
+        self.dropout = nn.Dropout(dropout)
         self.embeddings = nn.Embedding(len(words), width)
-        _fill(
-            self.embeddings, words, embeddings, freeze_embeddings, 1.0
-        )  # no layer norm follows: inputs of size 1
+        # no layer norm follows: inputs of size 1
+        _fill(self.embeddings, words, embeddings, freeze_embeddings, std=1.0)
 
     def get_input_embeddings(self):
         return self.embeddings
@@ -276,7 +299,7 @@ class _TextNet(nn.Module):
 
 # %% ../nbs/models.ipynb #b0b586ae
 class TextCNN(_TextNet):
-    "Convolutions over words, their maximum over the text, a linear layer (Kim 2014, sec. 2)."
+    "Convolutions over words, their maximum, a linear layer (Kim 2014, sec. 2)."
 
     def __init__(self, filters, kernel_sizes, *args):
         super().__init__(*args)
@@ -289,12 +312,10 @@ class TextCNN(_TextNet):
         best = []
         for conv in self.convs:
             k = conv.kernel_size[0]
-            hits = F.relu(
-                conv(F.pad(x.transpose(1, 2), ((k - 1) // 2, k // 2)))
-            )  # one window per word
-            best.append(
-                (hits * mask.unsqueeze(1)).amax(-1)
-            )  # after a ReLU, 0 never beats a real window
+            padded = F.pad(x.transpose(1, 2), ((k - 1) // 2, k // 2))
+            hits = F.relu(conv(padded))  # one window per word
+            # after a ReLU, 0 never beats a real window
+            best.append((hits * mask.unsqueeze(1)).amax(-1))
         return *best, torch.cat(best, -1)
 
 # %% ../nbs/models.ipynb #65183362
@@ -307,52 +328,41 @@ def cnn_student(
     freeze_embeddings: bool = True,  # word embeddings are not trained
     dropout: float = 0.1,  # in [0, 1); on the words and before the last layer
     seed: int = 0,  # of every random weight; PyTorch's own generator is left alone
-    teacher=None,  # model with a `.tokenizer` whose words to take; None: MiniLM as downloaded
+    teacher: nn.Module | None = None,  # whose words to take; None: MiniLM, downloaded
 ) -> TextCNN:  # evaluation mode, with a `.tokenizer`
-    "A convolutional classifier over the teacher's vocabulary (Kim 2014)."
+    """A convolutional classifier over the teacher's vocabulary (Kim 2014).
+
+    Raises `ValueError` for sizes that do not fit together."""
     check_whole(filters=filters, width=width, num_labels=num_labels)
     _share(dropout=dropout)
     if not kernel_sizes:
         raise ValueError("kernel_sizes must name at least one size; got ()")
     for size in kernel_sizes:
         check_whole(kernel_sizes=size)
+    shared = width, num_labels, embeddings, freeze_embeddings, dropout, teacher
     with seeded(seed):
-        return TextCNN(
-            filters,
-            tuple(kernel_sizes),
-            width,
-            num_labels,
-            embeddings,
-            freeze_embeddings,
-            dropout,
-            teacher,
-        ).eval()
+        return TextCNN(filters, tuple(kernel_sizes), *shared).eval()
 
 # %% ../nbs/models.ipynb #85d08c26
 class TextLSTM(_TextNet):
-    "A bidirectional LSTM, the last state of each direction, a linear layer (Tang et al. 2019, sec. 3.1)."
+    "A bidirectional LSTM's last states, then a linear layer (Tang et al. 2019, 3.1)."
 
     def __init__(self, hidden, layers, *args):
         super().__init__(*args)
-        self.lstm = nn.LSTM(
-            self.embeddings.embedding_dim,
-            hidden,
-            layers,
-            batch_first=True,
-            bidirectional=True,
-        )
+        width = self.embeddings.embedding_dim
+        self.lstm = nn.LSTM(width, hidden, layers, batch_first=True, bidirectional=True)
         self.head = nn.Linear(2 * hidden, self.num_labels)
 
     def features(self, x, mask):
         if (mask[:, 1:] > mask[:, :-1]).any():
             raise ValueError("an LSTM student needs its padding on the right")
         lengths = mask.sum(1).clamp(min=1).cpu()  # where packing wants them
-        _, (last, _) = self.lstm(
-            pack_padded_sequence(x, lengths, batch_first=True, enforce_sorted=False)
+        packed = pack_padded_sequence(
+            x, lengths, batch_first=True, enforce_sorted=False
         )
-        return tuple(
-            torch.cat([last[i], last[i + 1]], -1) for i in range(0, len(last), 2)
-        )
+        _, (last, _) = self.lstm(packed)
+        directions = zip(last[::2], last[1::2])  # of each layer
+        return tuple(torch.cat(states, -1) for states in directions)
 
 # %% ../nbs/models.ipynb #c561bd05
 def lstm_student(
@@ -364,30 +374,25 @@ def lstm_student(
     freeze_embeddings: bool = True,  # word embeddings are not trained
     dropout: float = 0.1,  # in [0, 1); on the words and before the last layer
     seed: int = 0,  # of every random weight; PyTorch's own generator is left alone
-    teacher=None,  # model with a `.tokenizer` whose words to take; None: MiniLM as downloaded
+    teacher: nn.Module | None = None,  # whose words to take; None: MiniLM, downloaded
 ) -> TextLSTM:  # evaluation mode, with a `.tokenizer`
-    "A bidirectional LSTM classifier over the teacher's vocabulary (Tang et al. 2019)."
+    """A bidirectional LSTM classifier over a teacher's words (Tang et al. 2019).
+
+    Raises `ValueError` for sizes that do not fit together."""
     check_whole(hidden=hidden, layers=layers, width=width, num_labels=num_labels)
     _share(dropout=dropout)
+    shared = width, num_labels, embeddings, freeze_embeddings, dropout, teacher
     with seeded(seed):
-        return TextLSTM(
-            hidden,
-            layers,
-            width,
-            num_labels,
-            embeddings,
-            freeze_embeddings,
-            dropout,
-            teacher,
-        ).eval()
+        return TextLSTM(hidden, layers, *shared).eval()
 
 # %% ../nbs/models.ipynb #16f5029a
 class ImageNet(nn.Module):
-    "Fully connected layers with ReLU on flat pixels; `hidden_states` holds the input and every hidden layer."
+    "Linear layers and ReLU; `hidden_states` are flat pixels and every hidden layer."
 
     def __init__(self, sizes, num_labels):
         super().__init__()
-        self.num_labels, self.tokenizer = num_labels, None
+        self.num_labels = num_labels
+        self.tokenizer = None
         self.layers = nn.ModuleList(nn.Linear(a, b) for a, b in zip(sizes, sizes[1:]))
         self.head = nn.Linear(sizes[-1], num_labels)
 
@@ -404,7 +409,9 @@ def image_net(
     seed: int = 0,  # of every weight; PyTorch's own generator is left alone
     pixels: int = 64,  # inputs; the book's digits are 8 by 8
 ) -> ImageNet:  # evaluation mode
-    "A small network for small images: a student with `hidden=16`, a teacher with `hidden=(256, 256)`."
+    """A network for small images: 16 units for a student, (256, 256) for a teacher.
+
+    Raises `ValueError` for sizes that are not whole numbers, 1 or more."""
     hidden = (hidden,) if isinstance(hidden, int) else tuple(hidden)
     if not hidden:
         raise ValueError("hidden must name at least one layer; got ()")
@@ -423,10 +430,13 @@ def character_student(
     dropout: float = 0.1,  # in [0, 1)
     seed: int = 0,  # of every weight; PyTorch's own generator is left alone
 ):  # Hugging Face GPT-2; logits (batch, seq_len, symbols); evaluation mode
-    "A small language model over characters; its output layer is its embedding, one tensor in two places."
+    """A small language model over characters, whose output layer is its embedding.
+
+    Raises `ValueError` for sizes that do not fit together."""
     check_whole(layers=layers, width=width, symbols=symbols, window=window)
     _share(dropout=dropout)
-    config = need("transformers").GPT2Config(
+    hf = need("transformers", "train")
+    config = hf.GPT2Config(
         vocab_size=symbols,
         n_positions=window,
         n_embd=width,
@@ -440,4 +450,4 @@ def character_student(
         use_cache=False,
     )
     with seeded(seed):
-        return need("transformers").GPT2LMHeadModel(config).eval()
+        return hf.GPT2LMHeadModel(config).eval()

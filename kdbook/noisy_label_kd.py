@@ -25,17 +25,18 @@ from kdbook.rows import (
     predict_logits,
     with_column,
 )
-from .training import Callback, Loss, Progress, Recipe, Stage
+from .training import Callback, Loss, Progress, Recipe, Run, Stage
 
 # %% ../nbs/noisy_label_kd.ipynb #1dbb6359
 def transition_matrix(
-    kind: Literal[
-        "symmetric", "pair"
-    ] = "symmetric",  # any other class alike; or the next class, the last one's next being 0
+    kind: Literal["symmetric", "pair"] = "symmetric",  # to any other class, or the next
     rate: float = 0.2,  # in [0, 1]: probability that a label is wrong
     num_labels: int = 2,  # classes, >= 2
-) -> Tensor:  # (num_labels, num_labels): from the true class (row) to the observed one (column); rows sum to 1
-    "How labels go wrong. Raises `ValueError` for another `kind`, a `rate` outside [0, 1], and fewer than 2 classes."
+) -> Tensor:  # (num_labels, num_labels), from true class (row) to observed one (column)
+    """How labels go wrong (our Eq. 1); rows sum to 1, the last class's next is 0.
+
+    Raises `ValueError` for another `kind`, a `rate` outside [0, 1], and fewer than 2
+    classes."""
     if kind not in ("symmetric", "pair"):
         raise ValueError(f'kind must be "symmetric" or "pair", got {kind!r}')
     if not 0 <= rate <= 1:
@@ -45,18 +46,37 @@ def transition_matrix(
             f"noise needs at least 2 classes to confuse, got num_labels={num_labels}"
         )
     same = torch.eye(num_labels)
-    wrong = (
-        (1 - same) / (num_labels - 1) if kind == "symmetric" else same.roll(1, dims=1)
-    )
+    wrong = same.roll(1, dims=1)
+    if kind == "symmetric":
+        wrong = (1 - same) / (num_labels - 1)
     return (1 - rate) * same + rate * wrong
 
 # %% ../nbs/noisy_label_kd.ipynb #fef7f1da
 def _relabelled(dataset: "datasets.Dataset", labels: Tensor) -> "datasets.Dataset":
-    "The rows with other labels, and what they were as `true_label`, and whether they differ as `corrupted`."
-    truth = torch.tensor(dataset["label"])
-    for name, values in (("true_label", truth), ("corrupted", labels != truth)):
-        dataset = with_column(dataset, name, values)
+    "The rows with other labels; `true_label` and `corrupted` say what they were."
+    truth = torch.tensor(dataset["label"][:])  # at once; row by row takes seconds
+    dataset = with_column(dataset, "true_label", truth)
+    dataset = with_column(dataset, "corrupted", labels != truth)
     return with_column(dataset, "label", labels)
+
+
+def _check_noise(truth: Tensor, matrix: Tensor, num_labels: int) -> None:
+    "Raise `ValueError` for a matrix that is no noise on these labels."
+    if (
+        matrix.shape != (num_labels, num_labels)
+        or not torch.allclose(matrix.sum(1), torch.ones(num_labels))
+        or (matrix < 0).any()
+    ):
+        raise ValueError(
+            f"the matrix must be ({num_labels}, {num_labels}) with rows of "
+            f"probabilities, got {tuple(matrix.shape)}, rows that sum to "
+            f"{matrix.sum(-1).tolist()}"
+        )
+    if truth.max() >= num_labels:
+        raise ValueError(
+            f"label {int(truth.max())} has no row in a matrix of {num_labels} classes: "
+            "give num_labels="
+        )
 
 # %% ../nbs/noisy_label_kd.ipynb #d45e4a94
 def corrupt(
@@ -64,122 +84,97 @@ def corrupt(
     kind: Literal["symmetric", "pair"] = "symmetric",  # as in `transition_matrix`
     rate: float = 0.2,  # in [0, 1]
     seed: int = 0,  # picks the rows; a higher rate with the same seed spoils these too
-    matrix: Tensor
-    | None = None,  # (num_labels, num_labels): any other noise, in place of `kind` and `rate`
-    num_labels: int
-    | None = None,  # default: as many as the matrix has, or the largest label says
-) -> (
-    "datasets.Dataset"
-):  # same rows, same order; `true_label` and `corrupted` (bool) are added
-    """The data set with some of its labels wrong. Nothing but analysis may read `true_label` and `corrupted`.
+    matrix: Tensor | None = None,  # any other noise, in place of `kind` and `rate`
+    num_labels: int | None = None,  # default: the matrix's, or what the labels say
+) -> "datasets.Dataset":  # same rows; `true_label` and `corrupted` (bool) are added
+    """The data set with some of its labels wrong.
 
-    Raises `ValueError` as `transition_matrix` does, for a label outside the matrix, and for rows that do not sum to 1."""
+    Nothing but analysis may read `true_label` and `corrupted`. Raises `ValueError` as
+    `transition_matrix` does, for a label outside the matrix, and for rows that do not
+    sum to 1."""
     if "true_label" in dataset.column_names:
         raise ValueError(
             "these labels were corrupted before: start from the clean rows"
         )
-    truth = torch.tensor(dataset["label"])
-    if (
-        truth.is_floating_point()
-        or ((truth < 0) & (truth != -100)).any()
-        or not (truth != -100).any()
-    ):
+    truth = torch.tensor(dataset["label"][:])
+    known = truth != -100
+    if truth.is_floating_point() or (truth[known] < 0).any() or not known.any():
         raise ValueError(
-            f"labels must be classes from 0, or -100 where there is none, and some must be there; got {truth[:5].tolist()}..."
+            "labels must be classes from 0, or -100 where there is none, and some must "
+            f"be there; got {truth[:5].tolist()}..."
         )
     num_labels = num_labels or (int(truth.max()) + 1 if matrix is None else len(matrix))
-    Q = (
-        transition_matrix(kind, rate, num_labels)
-        if matrix is None
-        else torch.as_tensor(matrix, dtype=torch.float)
-    )
-    if (
-        Q.shape != (num_labels, num_labels)
-        or not torch.allclose(Q.sum(1), torch.ones(len(Q)))
-        or (Q < 0).any()
-    ):
-        raise ValueError(
-            f"the matrix must be ({num_labels}, {num_labels}) with rows of probabilities, got {tuple(Q.shape)}, rows that sum to {Q.sum(-1).tolist()}"
-        )
-    if truth.max() >= num_labels:
-        raise ValueError(
-            f"label {int(truth.max())} has no row in a matrix of {num_labels} classes: give num_labels="
-        )
+    if matrix is None:
+        matrix = transition_matrix(kind, rate, num_labels)
+    matrix = torch.as_tensor(matrix, dtype=torch.float)
+    _check_noise(truth, matrix, num_labels)
     g = torch.Generator().manual_seed(seed)
-    spoilt, which = (
-        torch.rand(len(truth), generator=g),
-        torch.rand(len(truth), 1, generator=g),
-    )
-    own, wrong = Q.diagonal(), Q.masked_fill(torch.eye(len(Q)).bool(), 0.0)
-    other = (wrong.cumsum(1) / wrong.sum(1, keepdim=True).clamp(min=1e-12))[
-        truth.clamp(min=0)
-    ]
-    drawn = (which >= other).sum(1).clamp(max=num_labels - 1)
-    return _relabelled(
-        dataset,
-        torch.where(
-            (spoilt < 1 - own[truth.clamp(min=0)]) & (truth != -100), drawn, truth
-        ),
-    )
+    whether = torch.rand(len(truth), generator=g)
+    which = torch.rand(len(truth), 1, generator=g)
+    row = truth.clamp(min=0)
+    wrong = matrix.masked_fill(torch.eye(num_labels).bool(), 0.0)
+    share = wrong.cumsum(1) / wrong.sum(1, keepdim=True).clamp(min=1e-12)
+    drawn = (which >= share[row]).sum(1).clamp(max=num_labels - 1)
+    spoilt = (whether < 1 - matrix.diagonal()[row]) & known
+    return _relabelled(dataset, torch.where(spoilt, drawn, truth))
 
 # %% ../nbs/noisy_label_kd.ipynb #69925c40
 def human_label(
-    dataset: "datasets.Dataset",  # rows with `ratings`, from -4 to 4, and a binary `label`
-    raters: int
-    | None = 1,  # votes per row, drawn without replacement; None: all there are
+    dataset: "datasets.Dataset",  # with `ratings`, from -4 to 4, and a binary `label`
+    raters: int | None = 1,  # votes per row, without replacement; None: all there are
     seed: int = 0,  # picks them; more raters with the same seed hold these too
-) -> (
-    "datasets.Dataset"
-):  # same rows, same order; `true_label` and `corrupted` (bool) are added
-    """Labels by the majority of `raters` people a row: a rating of 0 abstains, a tie is a coin toss.
+) -> "datasets.Dataset":  # same rows; `true_label` and `corrupted` (bool) are added
+    """Labels by the majority of `raters` people a row.
 
-    Raises `ValueError` for rows without ratings and for more raters than a row has."""
+    A rating of 0 abstains, a tie is a coin toss. Raises `ValueError` for rows without
+    ratings and for more raters than a row has."""
     if "ratings" not in dataset.column_names:
         raise ValueError(
-            f'no column "ratings" among {dataset.column_names}: people rated the sentences of load_task("movies")'
+            f'no column "ratings" among {dataset.column_names}: people rated the '
+            'sentences of load_task("movies")'
         )
-    g, votes = torch.Generator().manual_seed(seed), []
+    g = torch.Generator().manual_seed(seed)
+    votes = []
     for ratings in dataset["ratings"]:
         k = len(ratings) if raters is None else raters
         if not 1 <= k <= len(ratings):
             raise ValueError(
-                f"raters must be in 1..{len(ratings)}, the ratings that a row has, got {raters}"
+                f"raters must be in 1..{len(ratings)}, the ratings that a row has, "
+                f"got {raters}"
             )
-        signs = torch.tensor(ratings).sign()[
-            torch.randperm(len(ratings), generator=g)[:k]
-        ]
+        asked = torch.randperm(len(ratings), generator=g)[:k]
         coin = torch.rand((), generator=g) - 0.5
-        votes.append(int(signs.sum() + coin > 0))
-    truth = torch.tensor(dataset["label"])
+        votes.append(int(torch.tensor(ratings).sign()[asked].sum() + coin > 0))
+    truth = torch.tensor(dataset["label"][:])
     return _relabelled(dataset, torch.where(truth == -100, truth, torch.tensor(votes)))
 
 # %% ../nbs/noisy_label_kd.ipynb #a6712150
 def memorised(
     rows: "datasets.Dataset|dict",  # with `label`, `true_label` and `corrupted`
     logits: Tensor,  # (rows, num_labels)
-) -> dict[
-    str, float | None
-]:  # shares: of clean rows answered right; of spoilt rows by their true label, and by their wrong one
-    "How much of the truth, and how much of the noise, a model repeats; None where there are no such rows."
-    said, (label, truth, spoilt) = (
-        logits.argmax(-1),
-        (
-            torch.as_tensor(rows[name][:])
-            for name in ("label", "true_label", "corrupted")
-        ),
-    )
-    share = lambda right, where: (
-        right[where].float().mean().item() if where.any() else None
-    )
-    return dict(
-        clean=share(said == truth, ~spoilt & (truth != -100)),
-        recovered=share(said == truth, spoilt),
-        memorised=share(said == label, spoilt),
-    )
+) -> dict[str, float | None]:  # the shares `clean`, `recovered` and `memorised`
+    """How much of the truth, and how much of the noise, a model repeats.
+
+    `clean` is the share of clean rows answered right; `recovered` and `memorised` are
+    those of spoilt rows answered by their true and by their wrong label. None where
+    there are no such rows."""
+    answers = logits.argmax(-1)
+    label = torch.as_tensor(rows["label"][:])
+    truth = torch.as_tensor(rows["true_label"][:])
+    spoilt = torch.as_tensor(rows["corrupted"][:])
+
+    def share(hit: Tensor, among: Tensor) -> float | None:
+        return hit[among].float().mean().item() if among.any() else None
+
+    return {
+        "clean": share(answers == truth, ~spoilt & (truth != -100)),
+        "recovered": share(answers == truth, spoilt),
+        "memorised": share(answers == label, spoilt),
+    }
 
 # %% ../nbs/noisy_label_kd.ipynb #5e925afe
 class Memorisation(Callback):
-    "After every epoch: what the student says of the training rows, the spoilt ones above all."
+    "What the student says of the training rows after every epoch, by `memorised`."
 
     def __init__(
         self,
@@ -187,28 +182,30 @@ class Memorisation(Callback):
         tokenizer: Any = None,  # default: the student's own
         max_length: int = 64,  # tokens kept per row
     ):
-        self._rows, self._how, self._inputs, self.epochs_seen = (
-            rows,
-            (tokenizer, max_length),
-            None,
-            [],
-        )
-        self._known = {
-            name: torch.tensor(rows[name])
-            for name in ("label", "true_label", "corrupted")
-        }
+        self.rows = rows
+        self.tokenizer = tokenizer
+        self.max_length = max_length
+        self.epochs_seen = []
+        self._inputs = None  # the rows, encoded when the student is known
+        names = ("label", "true_label", "corrupted")
+        self._labels = {name: torch.tensor(rows[name][:]) for name in names}
 
-    def after_epoch(self, run: "Run", progress: Progress) -> None:
+    def settings(self) -> dict[str, Any]:
+        "Its arguments but the rows."
+        return {"max_length": self.max_length}
+
+    def after_epoch(self, run: Run, progress: Progress) -> None:
         "Add a line to `epochs_seen`."
-        if run.stage == 0 and progress.epoch == 1:
-            self.epochs_seen, self._inputs = [], None  # a new run
+        if run.stage == 0 and progress.epoch == 1:  # a new run
+            self.epochs_seen = []
+            self._inputs = None
         if self._inputs is None:
             self._inputs = Rows(
-                encode(self._rows, run.student, *self._how),
-                pad_id=pad_id_of(run.student, self._how[0]),
+                encode(self.rows, run.student, self.tokenizer, self.max_length),
+                pad_id=pad_id_of(run.student, self.tokenizer),
             )
         logits = logits_on_rows(run.student, self._inputs)
-        self.epochs_seen.append(memorised(self._known, logits))
+        self.epochs_seen.append(memorised(self._labels, logits))
 
     def state_dict(self) -> dict[str, Any]:
         "The lines so far."
@@ -225,63 +222,63 @@ def bootstrap_targets(
     beta: float = 0.5,  # in [0, 1]: how far towards the teacher
     temperature: float = 1.0,  # > 0, of the teacher in these targets
 ) -> Tensor:  # (batch, num_labels), probabilities; constant
-    "`1 - beta` of the observed label and `beta` of the teacher's opinion. Raises `ValueError` outside the ranges."
+    """`1 - beta` of the observed label and `beta` of the teacher's opinion (our Eq. 3).
+
+    Raises `ValueError` outside the ranges."""
     if not 0 <= beta <= 1:
         raise ValueError(f"beta must be in [0, 1], got {beta}")
     if temperature <= 0:
         raise ValueError(f"temperature must be > 0, got {temperature}")
     believed = F.softmax(teacher_logits.detach() / temperature, dim=-1)
-    return (1 - beta) * F.one_hot(
-        labels.clamp(min=0), teacher_logits.shape[-1]
-    ) + beta * believed
+    observed = F.one_hot(labels.clamp(min=0), teacher_logits.shape[-1])
+    return (1 - beta) * observed + beta * believed
 
 # %% ../nbs/noisy_label_kd.ipynb #3e156bbc
 class SoftRelabelling:
-    "Plain KD whose labels move towards the teacher. Raises `ValueError` for numbers out of range."
+    """Plain KD whose labels move towards the teacher.
+
+    Raises `ValueError` for numbers out of range."""
 
     requires, rows = ("label", "teacher_logits"), "all"
 
     def __init__(
         self,
-        beta: float | tuple[float, float] = (
-            0.0,
-            1.0,
-        ),  # in [0, 1]: fixed, or from, to over the stage
+        beta: float | tuple[float, float] = (0.0, 1.0),  # in [0, 1]: fixed, or from, to
         temperature: float = 2.0,  # > 0, of the soft targets
         alpha: float = 0.5,  # in [0, 1]: weight of the soft targets
         relabel_temperature: float = 1.0,  # > 0, of the teacher in the labels
     ):
         _check_mix(temperature, alpha)
+        label, logits = torch.zeros(1, dtype=torch.long), torch.zeros(1, 2)
         for b in beta if isinstance(beta, tuple) else (beta,):
-            bootstrap_targets(
-                torch.zeros(1, dtype=torch.long),
-                torch.zeros(1, 2),
-                b,
-                relabel_temperature,
-            )
-        self.beta, self.temperature, self.alpha, self.relabel_temperature = (
-            beta,
-            temperature,
-            alpha,
-            relabel_temperature,
-        )
+            bootstrap_targets(label, logits, b, relabel_temperature)  # checks both
+        self.beta = beta
+        self.temperature = temperature
+        self.alpha = alpha
+        self.relabel_temperature = relabel_temperature
+
+    def settings(self) -> dict[str, Any]:
+        "Its arguments."
+        return {
+            "beta": self.beta,
+            "temperature": self.temperature,
+            "alpha": self.alpha,
+            "relabel_temperature": self.relabel_temperature,
+        }
 
     def __call__(
         self, student: nn.Module, batch: dict[str, Tensor], progress: Progress
     ) -> Loss:
         "Soft targets, and cross-entropy with `bootstrap_targets`."
-        logits, labels, beta = (
-            forward(student, batch),
-            batch["labels"],
-            _now(self.beta, progress),
-        )
-        soft = soft_target_loss(logits, batch["teacher_logits"], self.temperature)
+        logits = forward(student, batch)
+        labels, teacher_logits = batch["labels"], batch["teacher_logits"]
+        beta = _now(self.beta, progress)
+        soft = soft_target_loss(logits, teacher_logits, self.temperature)
         targets = bootstrap_targets(
-            labels, batch["teacher_logits"], beta, self.relabel_temperature
+            labels, teacher_logits, beta, self.relabel_temperature
         )
-        hard = reduce_loss(
-            F.cross_entropy(logits, targets, reduction="none"), "mean", labels != -100
-        )
+        losses = F.cross_entropy(logits, targets, reduction="none")
+        hard = reduce_loss(losses, "mean", labels != -100)
         return Loss(self.alpha * soft + (1 - self.alpha) * hard, {"beta": beta})
 
 # %% ../nbs/noisy_label_kd.ipynb #c455a258
@@ -292,6 +289,7 @@ def _now(value: float | tuple[float, float], progress: Progress) -> float:
 
 
 def _check_mix(temperature: float, alpha: float) -> None:
+    "Raise `ValueError` for numbers that plain KD cannot have."
     if temperature <= 0:
         raise ValueError(f"temperature must be > 0, got {temperature}")
     if not 0 <= alpha <= 1:
@@ -302,19 +300,20 @@ def support_of(
     labels: Tensor,  # (batch,), as observed
     logits: Tensor,  # (batch, num_labels)
 ) -> Tensor:  # (batch,), probabilities
-    "The probability that a model gives to the observed label. Raises `ValueError` for a single output."
+    """The probability that a model gives to the observed label.
+
+    Raises `ValueError` for a single output."""
     if logits.shape[-1] < 2:
         raise ValueError(
             "support is a probability and needs at least 2 classes, got 1 output"
         )
-    return F.softmax(logits.detach(), dim=-1).gather(1, labels.clamp(min=0)[:, None])[
-        :, 0
-    ]
+    probabilities = F.softmax(logits.detach(), dim=-1)
+    return probabilities.gather(1, labels.clamp(min=0)[:, None])[:, 0]
 
 # %% ../nbs/noisy_label_kd.ipynb #6c86b32c
 def supported(
     labels: Tensor,  # (batch,), as observed; -100 marks a row without a label
-    teacher_logits: Tensor,  # (batch, num_labels), of a teacher that has not trained on these rows
+    teacher_logits: Tensor,  # (batch, num_labels), of one not trained on these rows
     threshold: float = 0.5,  # the probability that the teacher must give the label
 ) -> Tensor:  # (batch,), bool; False where there is no label
     "Which labels the teacher vouches for."
@@ -329,45 +328,44 @@ def gated_loss(
     temperature: float = 2.0,  # > 0
     alpha: float = 0.5,  # in [0, 1]: weight of the soft targets
 ) -> Tensor:  # nats
-    "Plain KD in which some rows lose their label term; both parts are means over the whole batch. Raises `ValueError` outside the ranges and for another gate."
+    """Plain KD in which some rows lose their label term (our Eq. 4).
+
+    Both parts are means over the whole batch. Raises `ValueError` outside the ranges
+    and for another gate."""
     _check_mix(temperature, alpha)
     if gate.shape != labels.shape:
         raise ValueError(
-            f"gate {tuple(gate.shape)} != labels {tuple(labels.shape)}: one entry per row"
+            f"gate {tuple(gate.shape)} != labels {tuple(labels.shape)}: "
+            "one entry per row"
         )
     soft = soft_target_loss(student_logits, teacher_logits, temperature)
-    return (
-        alpha * soft
-        + (1 - alpha) * (label_loss(student_logits, labels, "none") * gate).mean()
-    )
+    hard = (label_loss(student_logits, labels, "none") * gate).mean()
+    return alpha * soft + (1 - alpha) * hard
 
 # %% ../nbs/noisy_label_kd.ipynb #2359fe72
 def out_of_fold(
     dataset: "datasets.Dataset",  # labelled rows
     train: Callable[["datasets.Dataset"], nn.Module],  # rows -> a model trained on them
-    folds: int = 5,  # in 2..rows; each is written on by a model that has seen the others
+    folds: int = 5,  # in 2..rows; each is written on by a model of the others
     seed: int = 0,  # deals the rows out
     progress: bool = True,  # show a bar
 ) -> "datasets.Dataset":  # the rows, with the column `teacher_oof_logits`
-    "Logits for every row from a model that was not trained on it. Raises `ValueError` unless 2 <= folds <= rows."
+    """Logits for every row from a model that was not trained on it.
+
+    Trains `folds` models. Raises `ValueError` unless 2 <= folds <= rows."""
     if not 2 <= folds <= len(dataset):
         raise ValueError(f"folds must be in 2..{len(dataset)} (the rows), got {folds}")
     from tqdm.auto import tqdm
 
-    fold_of, out = (
-        torch.randperm(len(dataset), generator=torch.Generator().manual_seed(seed))
-        % folds,
-        None,
-    )
-    for fold in tqdm(
-        range(folds), desc="folds", leave=False, delay=3, disable=not progress
-    ):
-        inside, outside = (
-            torch.where(mask)[0].tolist() for mask in (fold_of == fold, fold_of != fold)
-        )
-        logits = predict_logits(
-            train(dataset.select(outside)), dataset.select(inside), progress=False
-        )
+    g = torch.Generator().manual_seed(seed)
+    fold_of = torch.randperm(len(dataset), generator=g) % folds
+    out = None
+    bar = tqdm(range(folds), desc="folds", leave=False, delay=3, disable=not progress)
+    for fold in bar:
+        inside = torch.where(fold_of == fold)[0].tolist()
+        outside = torch.where(fold_of != fold)[0].tolist()
+        model = train(dataset.select(outside))
+        logits = predict_logits(model, dataset.select(inside), progress=False)
         if out is None:
             out = torch.empty(len(dataset), logits.shape[-1])
         out[inside] = logits
@@ -378,22 +376,30 @@ class SelectiveKD:
     "Plain KD that listens to a label only where a teacher vouches for it."
 
     rows = "all"
+    made_by = {"teacher_oof_logits": "out_of_fold(train, rows_to_trained_model)"}
 
     def __init__(
         self,
         threshold: float = 0.5,  # the probability that the label must have
         temperature: float = 2.0,  # > 0, of the soft targets
         alpha: float = 0.5,  # in [0, 1]: weight of the soft targets
-        support: str = "teacher_oof_logits",  # the column that decides; `out_of_fold` makes it
+        support: str = "teacher_oof_logits",  # column that decides; see `out_of_fold`
     ):
         _check_mix(temperature, alpha)
-        self.threshold, self.temperature, self.alpha, self.support = (
-            threshold,
-            temperature,
-            alpha,
-            support,
-        )
+        self.threshold = threshold
+        self.temperature = temperature
+        self.alpha = alpha
+        self.support = support
         self.requires = tuple(dict.fromkeys(("label", "teacher_logits", support)))
+
+    def settings(self) -> dict[str, Any]:
+        "Its arguments."
+        return {
+            "threshold": self.threshold,
+            "temperature": self.temperature,
+            "alpha": self.alpha,
+            "support": self.support,
+        }
 
     def __call__(
         self, student: nn.Module, batch: dict[str, Tensor], progress: Progress
@@ -413,15 +419,18 @@ class SelectiveKD:
 # %% ../nbs/noisy_label_kd.ipynb #5c08cba1
 def small_losses(
     losses: Tensor,  # (batch,), label losses
-    keep: float = 0.8,  # in (0, 1]: share of the labelled rows to keep; 1 minus the noise rate, where it is known
+    keep: float = 0.8,  # in (0, 1]: share of the labelled rows to keep
     labels: Tensor | None = None,  # (batch,); rows with -100 are never kept
 ) -> Tensor:  # (batch,), bool
-    "The rows with the smallest losses: networks learn what is right before they learn what is wrong. Raises `ValueError` for `keep` outside (0, 1]."
+    """The rows with the smallest losses, which networks learn before what is wrong.
+
+    `keep` is 1 minus the noise rate, where that is known. Raises `ValueError` for
+    `keep` outside (0, 1]."""
     if not 0 < keep <= 1:
         raise ValueError(f"keep must be in (0, 1], got {keep}")
-    known = (
-        torch.ones_like(losses, dtype=torch.bool) if labels is None else labels != -100
-    )
+    known = torch.ones_like(losses, dtype=torch.bool)
+    if labels is not None:
+        known = labels != -100
     order = losses.detach().masked_fill(~known, math.inf).argsort(stable=True)
     kept = torch.zeros_like(known)
     kept[order[: math.ceil(keep * int(known.sum()))]] = True
@@ -429,43 +438,49 @@ def small_losses(
 
 # %% ../nbs/noisy_label_kd.ipynb #669495ec
 class SmallLossKD:
-    "Plain KD that listens to the labels that the student itself finds easiest in each batch; with several processes or micro-batches, in each piece."
+    """Plain KD that listens to the labels that the student finds easiest in each batch.
+
+    With several processes or micro-batches, in each piece."""
 
     requires, rows = ("label", "teacher_logits"), "all"
 
     def __init__(
         self,
-        keep: float | tuple[float, float] = (
-            1.0,
-            0.8,
-        ),  # in (0, 1]: fixed, or from, to over the stage
+        keep: float | tuple[float, float] = (1.0, 0.8),  # in (0, 1]: fixed, or from, to
         temperature: float = 2.0,  # > 0, of the soft targets
         alpha: float = 0.5,  # in [0, 1]: weight of the soft targets
     ):
         _check_mix(temperature, alpha)
         for k in keep if isinstance(keep, tuple) else (keep,):
-            small_losses(torch.zeros(1), k)
-        self.keep, self.temperature, self.alpha = keep, temperature, alpha
+            small_losses(torch.zeros(1), k)  # checks it
+        self.keep = keep
+        self.temperature = temperature
+        self.alpha = alpha
+
+    def settings(self) -> dict[str, Any]:
+        "Its arguments."
+        return {
+            "keep": self.keep,
+            "temperature": self.temperature,
+            "alpha": self.alpha,
+        }
 
     def __call__(
         self, student: nn.Module, batch: dict[str, Tensor], progress: Progress
     ) -> Loss:
         "`gated_loss` with the gate of `small_losses`."
         logits, labels = forward(student, batch), batch["labels"]
-        gate = small_losses(
-            label_loss(logits, labels, "none"), _now(self.keep, progress), labels
+        losses = label_loss(logits, labels, "none")
+        gate = small_losses(losses, _now(self.keep, progress), labels)
+        loss = gated_loss(
+            logits,
+            batch["teacher_logits"],
+            labels,
+            gate,
+            self.temperature,
+            self.alpha,
         )
-        return Loss(
-            gated_loss(
-                logits,
-                batch["teacher_logits"],
-                labels,
-                gate,
-                self.temperature,
-                self.alpha,
-            ),
-            {"kept": gate.float().mean()},
-        )
+        return Loss(loss, {"kept": gate.float().mean()})
 
 # %% ../nbs/noisy_label_kd.ipynb #6d4599d5
 _MITIGATIONS = {
@@ -476,16 +491,16 @@ _MITIGATIONS = {
 
 
 def recipe(
-    mitigation: Literal[
-        "relabel", "select", "small_loss"
-    ] = "select",  # which of the three
+    mitigation: Literal["relabel", "select", "small_loss"] = "select",  # of the three
     epochs: int = 18,  # of the one stage
     lr: float = 5e-4,  # peak rate
     batch_size: int = 32,  # rows per update
     temperature: float = 2.0,  # > 0, of the soft targets
     alpha: float = 0.5,  # in [0, 1]: weight of the soft targets
 ) -> Recipe:  # for `fit`
-    "One stage of distillation that distrusts its labels. Raises `ValueError` for an unknown `mitigation`."
+    """One stage of distillation that distrusts its labels.
+
+    Raises `ValueError` for an unknown `mitigation`."""
     if mitigation not in _MITIGATIONS:
         raise ValueError(
             f"mitigation must be one of {tuple(_MITIGATIONS)}, got {mitigation!r}"

@@ -87,39 +87,33 @@ _METHODS |= {
 _METHODS |= {
     "glitter_random": ("#56B4E9", "*", "2 variants at random"),
     "glitter_all": ("#CC79A7", "*", "all 8 variants"),
-    "hinton_as_long": ("#56B4E9", "X", "plain KD, same time"),
-    "glitter_random_as_long": ("#0072B2", "*", "2 at random, same time"),
-    "glitter_all_as_long": ("#882255", "*", "all 8, same time"),
+    "hinton_same_time": ("#56B4E9", "X", "plain KD, same time"),
+    "glitter_random_same_time": ("#0072B2", "*", "2 at random, same time"),
+    "glitter_all_same_time": ("#882255", "*", "all 8, same time"),
     "mate_kd": ("#009E73", "p", "MATE-KD"),
     "combined_still": ("#747474", "p", "Combined-KD, generator at rest"),
-    "annealing_as_long": ("#D55E00", "^", "Annealing-KD, same time"),
+    "annealing_same_time": ("#D55E00", "^", "Annealing-KD, same time"),
 }
 METHOD_COLORS = {key: color for key, (color, _, _) in _METHODS.items()}
 METHOD_MARKERS = {key: marker for key, (_, marker, _) in _METHODS.items()}
 METHOD_LABELS = {key: label for key, (_, _, label) in _METHODS.items()}
 
 # %% ../nbs/plots.ipynb #6e2c02fd
-_FALLBACK = (
-    "#44AA99",
-    "#999933",
-    "#AA4499",
-    "#6699CC",
-    "#661100",
-)  # from Paul Tol's sets too, less what the table uses
+# from Paul Tol's sets too, less what the table uses
+_FALLBACK = "#44AA99", "#999933", "#AA4499", "#6699CC", "#661100"
 
 
 def method_style(
     name: str,  # a key of `METHOD_COLORS`, or any other text
-) -> (
-    dict
-):  # `color`, `marker` and `label`, ready for `ax.plot(..., **method_style(name))`
-    "The colour, marker and printed name of a method; an unknown name gets a fixed colour picked by its checksum."
+) -> dict:  # `color`, `marker` and `label`, ready for `ax.plot(..., **...)`
+    "The colour, marker and printed name of a method; an unknown name has fixed ones."
     if name in _METHODS:
         return dict(zip(("color", "marker", "label"), _METHODS[name]))
     pick = zlib.crc32(str(name).encode())
     return dict(color=_FALLBACK[pick % len(_FALLBACK)], marker="o", label=str(name))
 
 # %% ../nbs/plots.ipynb #847ad58c
+_CYCLE = "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#747474"
 BOOK_STYLE = {
     "figure.figsize": (6, 4),
     "figure.dpi": 110,
@@ -150,22 +144,12 @@ BOOK_STYLE = {
     "axes.axisbelow": True,
     "lines.linewidth": 2.0,
     "lines.markersize": 6,
-    "axes.prop_cycle": mpl.cycler(
-        color=[
-            "#0072B2",
-            "#D55E00",
-            "#009E73",
-            "#CC79A7",
-            "#E69F00",
-            "#56B4E9",
-            "#747474",
-        ]
-    ),
+    "axes.prop_cycle": mpl.cycler(color=_CYCLE),
 }
 
-
+# %% ../nbs/plots.ipynb #8834a102
 class style:
-    "Switches the book's matplotlib settings on at once; used as `with style():` it puts the former ones back at the end."
+    "Switches the book's settings on; as `with style():` it restores the former ones."
 
     def __init__(self):
         self.before = {key: mpl.rcParams[key] for key in BOOK_STYLE}
@@ -202,17 +186,25 @@ _VISION = {  # Machado et al. 2009, severity 1, on linear RGB
         ]
     ),
 }
-_TO_XYZ = np.array(
+
+# %% ../nbs/plots.ipynb #a8d3bd7d
+_TO_XYZ = np.array(  # from linear sRGB under daylight, D65
     [[0.4124, 0.3576, 0.1805], [0.2126, 0.7152, 0.0722], [0.0193, 0.1192, 0.9505]]
-)  # sRGB, D65
+)
 
 
-def _linear(color):
+def _linear(
+    color,  # any matplotlib colour
+):
+    "The amounts of red, green and blue light, 0 to 1."
     rgb = np.array(to_rgb(color))
     return np.where(rgb <= 0.04045, rgb / 12.92, ((rgb + 0.055) / 1.055) ** 2.4)
 
 
-def _lab(linear):
+def _lab(
+    linear,  # (3,) amounts of light
+):
+    "Lightness, green to red, and blue to yellow (CIE 1976)."
     xyz = _TO_XYZ @ linear / (_TO_XYZ @ np.ones(3))
     f = np.where(xyz > (6 / 29) ** 3, np.cbrt(xyz), xyz / (3 * (6 / 29) ** 2) + 4 / 29)
     return np.array([116 * f[1] - 16, 500 * (f[0] - f[1]), 200 * (f[1] - f[2])])
@@ -223,15 +215,20 @@ def color_distance(
     b,  # any matplotlib colour
     vision: str = "normal",  # or "protanopia", "deuteranopia", "tritanopia"
 ) -> float:  # CIELAB distance, 0 to about 100 (black to white)
-    "How different two colours look to a person with this vision: CIE 1976 distance after Machado et al. 2009."
-    seen = [_lab(np.clip(_VISION[vision] @ _linear(color), 0, 1)) for color in (a, b)]
-    return float(np.linalg.norm(seen[0] - seen[1]))
+    """How different two colours look to a person with this vision.
+
+    It is the CIE 1976 distance after the simulation of Machado et al. 2009."""
+
+    def lab(color):
+        return _lab(np.clip(_VISION[vision] @ _linear(color), 0, 1))
+
+    return float(np.linalg.norm(lab(a) - lab(b)))
 
 # %% ../nbs/plots.ipynb #1490ae2d
 def ink(
     color,  # any matplotlib colour
 ) -> str:  # the same hue, dark enough for letters on white
-    "A colour for text: darkened until its contrast with white is at least 4.5 (WCAG 2, level AA)."
+    "A colour for text, darkened to a contrast with white of 4.5 (WCAG 2, level AA)."
     rgb = np.array(to_rgb(color))
     while 1.05 / (_TO_XYZ[1] @ _linear(rgb) + 0.05) < 4.5:
         rgb = rgb * 0.95
@@ -240,15 +237,19 @@ def ink(
 # %% ../nbs/plots.ipynb #81ce1f10
 def band_of(
     runs,  # (seeds, points) array or tensor
-    band: str = "std",  # "std": one standard deviation of the runs; "t95": 95 % t-interval of their mean
+    band: str = "std",  # one standard deviation of the runs, or "t95"
 ) -> tuple:  # mean, lower edge, upper edge: each (points,)
-    "Mean over the seeds and the two edges of the band; a single seed has no band, so its edges are the line itself."
+    """Mean over the seeds and the two edges of the band.
+
+    "t95" is the 95 % t-interval of the mean. A single seed has no band, so its edges
+    are the line itself. Raises `ValueError` for another shape or `band`."""
     runs = np.asarray(runs, dtype=float)
     if runs.ndim != 2:
         raise ValueError(f"runs must be (seeds, points), got the shape {runs.shape}")
     if band not in ("std", "t95"):
         raise ValueError(f"band must be 'std' or 't95', got {band!r}")
-    n, mean = len(runs), runs.mean(0)
+    n = len(runs)
+    mean = runs.mean(0)
     if n == 1:
         return mean, mean, mean
     half = runs.std(0, ddof=1)
@@ -259,35 +260,70 @@ def band_of(
     return mean, mean - half, mean + half
 
 # %% ../nbs/plots.ipynb #de857b57
-def curve_with_band(
-    ax: Axes,  # where to draw
-    x,  # (points,)
-    runs,  # (seeds, points): one row per seed
-    label: str = "",  # a method's key ("annealing_kd") or any text; written at the right end of the line
-    color=None,  # None takes the method's own
-    band: str = "std",  # or "t95", see `band_of`
-    offset: float = 0.0,  # moves the written name up, in points, where two names would touch
-    **line,  # passed to `ax.plot`: `linestyle="--"`, `markevery=5`, ...
-) -> tuple:  # the line, the band and the written name
-    "Draws the mean of several seeds as a line, their spread as a band, and the name at the line's end."
-    name = method_style(label)
-    color = color or name["color"]
-    x = np.asarray(x, dtype=float)
-    mean, low, high = band_of(runs, band)
-    (drawn,) = ax.plot(x, mean, color=color, **line)
-    shade = ax.fill_between(x, low, high, color=color, alpha=0.18, linewidth=0)
-    text = ax.annotate(
-        name["label"],
-        (x[-1], mean[-1]),
+def _name_at_end(
+    ax: Axes,  # where to write
+    name: str,  # what
+    end: tuple,  # (x, y) of the line's end
+    color,  # of the line
+    offset: float = 0.0,  # points up
+):
+    "The name beside the end of a line, in its colour."
+    return ax.annotate(
+        name,
+        end,
         xytext=(6, offset),
         textcoords="offset points",
         va="center",
         color=ink(color),
         annotation_clip=False,
     )
-    return drawn, shade, text
+
+# %% ../nbs/plots.ipynb #ab854d50
+def curve_with_band(
+    ax: Axes,  # where to draw
+    x,  # (points,)
+    runs,  # (seeds, points): one row per seed
+    label: str = "",  # a method's key ("annealing_kd") or any text, for the line's end
+    color=None,  # None takes the method's own
+    band: str = "std",  # or "t95", see `band_of`
+    offset: float = 0.0,  # points up for the name, where two names would touch
+    **line,  # passed to `ax.plot`: `linestyle="--"`, `markevery=5`, ...
+) -> tuple:  # the line, the band and the written name
+    "Draws the mean of several seeds as a line, their spread as a band, and the name."
+    look = method_style(label)
+    color = color or look["color"]
+    x = np.asarray(x, dtype=float)
+    mean, low, high = band_of(runs, band)
+    (drawn,) = ax.plot(x, mean, color=color, **line)
+    shade = ax.fill_between(x, low, high, color=color, alpha=0.18, linewidth=0)
+    end = x[-1], mean[-1]
+    return drawn, shade, _name_at_end(ax, look["label"], end, color, offset)
 
 # %% ../nbs/plots.ipynb #fc31ce76
+def _interval(
+    ax: Axes,  # where to draw
+    row: int,  # its height
+    centre: float,  # the dot
+    low: float,  # the interval's lower end
+    high: float,  # and its upper end
+    color,  # of both
+    marker: str,  # of the dot
+    hollow: bool,  # True leaves the dot white inside
+):
+    "One dot with its interval."
+    ends = [low, high], [row, row]
+    ax.plot(*ends, color=color, linewidth=2.2, solid_capstyle="butt")
+    ax.plot(
+        centre,
+        row,
+        marker,
+        color=color,
+        markersize=8,
+        markeredgewidth=1.6,
+        markerfacecolor="white" if hollow else color,
+    )
+
+# %% ../nbs/plots.ipynb #8f324fd1
 def interval_plot(
     ax: Axes,  # where to draw
     names: Sequence[str],  # rows from top to bottom: methods' keys or any text
@@ -296,58 +332,34 @@ def interval_plot(
     highs,  # (rows,) upper ends
     reference: float = 0.0,  # the value that means "no difference"
     colors=None,  # (rows,) colours; None takes the methods' own
-    fmt: str = "{:+.3f}",  # how the centre is written at the right-hand edge; "" writes nothing
+    fmt: str = "{:+.3f}",  # how the centre is written at the right; "" writes nothing
 ) -> list:  # (rows,) booleans: True where the interval leaves the reference out
-    "Draws one dot with its interval per row and greys the rows whose interval contains `reference`."
-    names, lows, highs = (
-        list(names),
-        np.asarray(lows, dtype=float),
-        np.asarray(highs, dtype=float),
-    )
-    sizes = len(names), len(centres), len(lows), len(highs)
-    if len(set(sizes)) > 1:
+    """Draws a dot with its interval per row, grey where that contains `reference`.
+
+    Raises `ValueError` if the columns are not of one length."""
+    names = list(names)
+    lows = np.asarray(lows, dtype=float)
+    highs = np.asarray(highs, dtype=float)
+    if not len(names) == len(centres) == len(lows) == len(highs):
         raise ValueError(
-            "{} names, {} centres, {} lows, {} highs: give one of each per row".format(
-                *sizes
-            )
+            f"{len(names)} names, {len(centres)} centres, {len(lows)} lows, "
+            f"{len(highs)} highs: give one of each per row"
         )
     differs = [
         bool(low > reference or high < reference) for low, high in zip(lows, highs)
     ]
+    looks = [method_style(name) for name in names]
+    own = [look["color"] for look in looks] if colors is None else colors
     ax.axvline(reference, color="#555555", linewidth=1, zorder=1)
-    for row, name in enumerate(names):
-        look = method_style(name)
-        color = (
-            (colors[row] if colors is not None else look["color"])
-            if differs[row]
-            else "#8A8A8A"
-        )
-        ax.plot(
-            [lows[row], highs[row]],
-            [row, row],
-            color=color,
-            linewidth=2.2,
-            solid_capstyle="butt",
-        )
-        ax.plot(
-            centres[row],
-            row,
-            look["marker"],
-            color=color,
-            markersize=8,
-            markeredgewidth=1.6,
-            markerfacecolor=color if differs[row] else "white",
-        )
+    beside = dict(transform=ax.get_yaxis_transform(), va="center")
+    for row, (look, centre) in enumerate(zip(looks, centres)):
+        color = own[row] if differs[row] else "#8A8A8A"
+        ends = lows[row], highs[row]
+        _interval(ax, row, centre, *ends, color, look["marker"], not differs[row])
         if fmt:
-            ax.text(
-                1.02,
-                row,
-                fmt.format(float(centres[row])).replace("-", "\N{MINUS SIGN}"),
-                transform=ax.get_yaxis_transform(),
-                va="center",
-                color=ink(color),
-            )
-    ax.set_yticks(range(len(names)), [method_style(name)["label"] for name in names])
+            number = fmt.format(float(centre)).replace("-", "\N{MINUS SIGN}")
+            ax.text(1.02, row, number, color=ink(color), **beside)
+    ax.set_yticks(range(len(names)), [look["label"] for look in looks])
     ax.set_ylim(len(names) - 0.5, -0.5)
     ax.xaxis.set_major_locator(MaxNLocator(5))
     ax.grid(False, axis="y")
@@ -360,57 +372,57 @@ DIVERGING = {"negative": "#D55E00", "neutral": "#9A9A9A", "positive": "#0072B2"}
 def diverging_colors(
     n: int,  # number of ordered classes, from the most negative to the most positive
 ) -> list:  # n hex colours
-    "Colours for `n` ordered classes, from `DIVERGING`'s negative through its neutral to its positive."
+    "Colours for `n` ordered classes, from `DIVERGING`'s negative to its positive."
     ramp = LinearSegmentedColormap.from_list("kdbook", list(DIVERGING.values()))
-    return [to_hex(ramp(place)) for place in (np.linspace(0, 1, n) if n > 1 else [0.5])]
+    shares = np.linspace(0, 1, n) if n > 1 else [0.5]
+    return [to_hex(ramp(share)) for share in shares]
 
 # %% ../nbs/plots.ipynb #e2d47775
+def _side_by_side(
+    ax: Axes,  # where to draw
+    probs,  # (sources, classes)
+    colors: list,  # (classes,)
+) -> list:  # the bars, one list per source
+    "Bars of every class: the first source solid, the others light with a strong edge."
+    sources, classes = probs.shape
+    width = 0.8 / sources
+    bars = []
+    for k, shares in enumerate(probs):
+        middles = np.arange(classes) - 0.4 + (k + 0.5) * width
+        faces = [(*to_rgb(color), 1 if k == 0 else 0.3) for color in colors]
+        look = dict(color=faces, edgecolor=colors, linewidth=1.4)
+        bars.append(list(ax.bar(middles, shares, width * 0.94, **look)))
+    return bars
+
+# %% ../nbs/plots.ipynb #a2105670
 def bar_histogram(
     ax: Axes,  # where to draw
-    probs,  # (classes,) shares that sum to 1, or (sources, classes) to draw several side by side
-    class_names: Sequence[str] = (
-        "negative",
-        "neutral",
-        "positive",
-    ),  # one per class, in order
-    sources: Sequence[
-        str
-    ] = (),  # one per row of `probs`; the first is drawn solid, the others lighter
+    probs,  # (classes,) shares that sum to 1, or (sources, classes)
+    class_names: Sequence[str] = tuple(DIVERGING),  # one per class, in order
+    sources: Sequence[str] = (),  # one per row of `probs`; () names none
     colors=None,  # (classes,); None takes `diverging_colors`
     fmt: str = "{:.0%}",  # how a share is written above its bar; "" writes nothing
-    top: float = 1.0,  # the share at the upper edge: leave it at 1 where pictures are compared
+    top: float = 1.0,  # share at the upper edge; one number where pictures are compared
 ) -> list:  # the bars, one list per source
-    "Draws shares per class as bars, with the value above each bar and each source's name on its tallest bar."
+    """Draws shares per class as bars, with the value above each bar.
+
+    Raises `ValueError` if names and shares are not of one length."""
     probs = np.atleast_2d(np.asarray(probs, dtype=float))
     rows, classes = probs.shape
     if classes != len(class_names):
         raise ValueError(f"{classes} shares per row but {len(class_names)} class names")
     if sources and len(sources) != rows:
         raise ValueError(f"{rows} rows of shares but {len(sources)} sources")
-    colors, width, bars = colors or diverging_colors(classes), 0.8 / rows, []
-    for k, row in enumerate(probs):
-        at = np.arange(len(row)) - 0.4 + (k + 0.5) * width
-        faces = [(*to_rgb(c), 1 if k == 0 else 0.3) for c in colors]
-        bars.append(
-            list(
-                ax.bar(
-                    at, row, width * 0.94, color=faces, edgecolor=colors, linewidth=1.4
-                )
-            )
-        )
-        for c, (place, share) in enumerate(zip(at, row)):
-            said = [sources[k]] if sources and c == int(row.argmax()) else []
-            said += [fmt.format(share)] if fmt else []
-            ax.annotate(
-                "\n".join(said),
-                (place, share),
-                xytext=(0, 3),
-                textcoords="offset points",
-                ha="center",
-                va="bottom",
-                fontsize=9,
-                color=ink(colors[c]),
-            )
+    colors = colors or diverging_colors(classes)
+    bars = _side_by_side(ax, probs, colors)
+    above = dict(xytext=(0, 3), textcoords="offset points", ha="center", va="bottom")
+    for k, shares in enumerate(probs):
+        for c, (bar, share) in enumerate(zip(bars[k], shares)):
+            text = [sources[k]] if sources and c == int(shares.argmax()) else []
+            text += [fmt.format(share)] if fmt else []
+            tip = bar.get_x() + bar.get_width() / 2, share
+            look = dict(fontsize=9, color=ink(colors[c]))
+            ax.annotate("\n".join(text), tip, **above, **look)
     ax.set_xticks(range(classes), class_names)
     ax.set(ylim=(0, 1.08 * top), yticks=[])
     ax.spines["left"].set_visible(False)
@@ -425,17 +437,18 @@ def soft_targets_bars(
     class_names: Sequence[str] = (),  # one per class; empty numbers them from 0
     color=None,  # one colour, or one per class; None is plain KD's blue
 ) -> np.ndarray:  # (classes,) the probabilities drawn
-    "Draws softmax(logits / temperature) as bars, with each probability written above (Hinton et al. 2015, eq. 1)."
+    """Draws softmax(logits / temperature) as bars (Hinton et al. 2015, eq. 1).
+
+    Raises `ValueError` if `temperature` is not positive."""
     if temperature <= 0:
         raise ValueError(f"temperature must be > 0, got {temperature}")
     scaled = np.asarray(logits, dtype=float) / temperature
     probs = np.exp(scaled - scaled.max())
     probs = probs / probs.sum()
-    bars = ax.bar(
-        range(len(probs)), probs, 0.7, color=color or METHOD_COLORS["logit_mse"]
-    )
+    classes = range(len(probs))
+    bars = ax.bar(classes, probs, 0.7, color=color or METHOD_COLORS["logit_mse"])
     ax.bar_label(bars, [f"{p:.2f}" for p in probs], padding=3, fontsize=10)
-    ax.set_xticks(range(len(probs)), class_names or range(len(probs)))
+    ax.set_xticks(classes, class_names or classes)
     ax.set(ylim=(0, 1.08), yticks=[0, 0.25, 0.5, 0.75, 1], ylabel="probability")
     ax.grid(False, axis="x")
     return probs
@@ -443,23 +456,22 @@ def soft_targets_bars(
 # %% ../nbs/plots.ipynb #90239fd6
 def reliability_bars(
     ax: Axes,  # where to draw
-    bins,  # (bins, 3): rows, confidence and accuracy of each, as `evaluation.reliability` gives them
+    bins,  # (bins, 3): rows, confidence, accuracy, as of `evaluation.reliability`
     least: int = 20,  # bins with fewer rows are left out
     color=None,  # of the bars; None is plain KD's
 ) -> int:  # bars drawn
-    "Draws accuracy by confidence, with the diagonal of a calibrated model."
+    """Draws accuracy by confidence, with the diagonal of a calibrated model.
+
+    Raises `ValueError` if `bins` has another shape."""
     bins = np.asarray(bins, dtype=float)
     if bins.ndim != 2 or bins.shape[1] != 3:
         raise ValueError(
             f"bins must be (bins, 3): rows, confidence, accuracy; got {bins.shape}"
         )
-    edges, full = np.arange(len(bins)) / len(bins), bins[:, 0] >= least
-    ax.bar(
-        edges[full] + 0.5 / len(bins),
-        bins[full, 2],
-        0.9 / len(bins),
-        color=color or METHOD_COLORS["hinton"],
-    )
+    middles = (np.arange(len(bins)) + 0.5) / len(bins)
+    full = bins[:, 0] >= least
+    color = color or METHOD_COLORS["hinton"]
+    ax.bar(middles[full], bins[full, 2], 0.9 / len(bins), color=color)
     ax.plot([0, 1], [0, 1], "--", color="#555555", linewidth=1.4)
     ax.set(xlim=(0, 1), ylim=(0, 1), xlabel="confidence", ylabel="accuracy")
     return int(full.sum())
@@ -470,35 +482,21 @@ def schedule_steps(
     values,  # (epochs,) one value per epoch; NaN leaves an epoch out
     label: str = "",  # a method's key or any text; written at the right end
     color=None,  # None takes the method's own
-    stages: Sequence[
-        int
-    ] = (),  # epochs per stage, e.g. (14, 6): a dotted line is drawn between stages
+    stages: Sequence[int] = (),  # epochs per stage, e.g. (14, 6); dotted lines between
     **line,  # passed to `ax.stairs`
 ) -> mpl.artist.Artist:  # the steps
     "Draws one flat step per epoch; epoch 1 reaches from 0.5 to 1.5."
     values = np.asarray(values, dtype=float)
-    name = method_style(label)
-    color = color or name["color"]
-    steps = ax.stairs(
-        values,
-        np.arange(len(values) + 1) + 0.5,
-        baseline=None,
-        color=color,
-        **{"linewidth": 2.2, **line},
-    )
+    look = method_style(label)
+    color = color or look["color"]
+    edges = np.arange(len(values) + 1) + 0.5
+    line = {"linewidth": 2.2, **line}
+    steps = ax.stairs(values, edges, baseline=None, color=color, **line)
     for end in np.cumsum(stages)[:-1]:
         ax.axvline(end + 0.5, color="#777777", linewidth=1, linestyle=":")
     if label:
         last = int(np.flatnonzero(~np.isnan(values))[-1])
-        ax.annotate(
-            name["label"],
-            (last + 1.5, values[last]),
-            xytext=(6, 0),
-            textcoords="offset points",
-            va="center",
-            color=ink(color),
-            annotation_clip=False,
-        )
+        _name_at_end(ax, look["label"], (last + 1.5, values[last]), color)
     ax.xaxis.set_major_locator(MaxNLocator(integer=True))
     ax.set_xlabel("epoch")
     return steps

@@ -26,22 +26,27 @@ def per_sample_losses(
     teacher_logits: Tensor,  # same shape; receives no gradient
     labels: Tensor,  # (batch,); -100 marks a row without a label
     temperature: float = 2.0,  # > 0, of the teacher's loss
-) -> Tensor:  # (batch, 2): label loss and teacher loss of each row, in nats (squared errors for one output)
-    "Both losses, row by row (our Eq. 1). Raises `ValueError` as `soft_target_loss` does."
+) -> Tensor:  # (batch, 2): label loss and teacher loss of each row, in nats
+    """Both losses, row by row (our Eq. 1); squared errors for one output.
+
+    Raises `ValueError` as `soft_target_loss` does."""
     if student_logits.shape[-1] == 1:
-        follow = logit_mse(student_logits, teacher_logits, "none")
+        teacher_part = logit_mse(student_logits, teacher_logits, "none")
     else:
-        follow = soft_target_loss(student_logits, teacher_logits, temperature, "none")
-    return torch.stack([label_loss(student_logits, labels, "none"), follow], -1)
+        teacher_part = soft_target_loss(
+            student_logits, teacher_logits, temperature, "none"
+        )
+    return torch.stack([label_loss(student_logits, labels, "none"), teacher_part], -1)
 
 # %% ../nbs/reweighted_kd.ipynb #2511d013
 def weights_of(
-    alignment: Tensor,  # (batch, 2): how well each loss's gradient agrees with the held-out one, label first
-    labels: Tensor
-    | None = None,  # (batch,); a row without a label (-100) has the teacher alone
+    alignment: Tensor,  # (batch, 2): agreement with the held-out gradient, label first
+    labels: Tensor | None = None,  # (batch,); without one (-100): the teacher alone
     floor: float = 1e-8,  # > 0: what a loss that does harm is counted as
 ) -> Tensor:  # (batch,), in [0, 1]: weight of the teacher; the label has the rest
-    "Clip below at `floor`, then normalise within the row (our Eq. 4). Raises `ValueError` for a `floor` that is not positive."
+    """The teacher's weight: clipped below, then normalised within the row (our Eq. 4).
+
+    Raises `ValueError` for a `floor` that is not positive."""
     if floor <= 0:
         raise ValueError(f"floor must be > 0, got {floor}")
     if alignment.ndim != 2 or alignment.shape[1] != 2:
@@ -57,10 +62,13 @@ def weighted_loss(
     losses: Tensor,  # (batch, 2), from `per_sample_losses`
     weights: Tensor,  # (batch,), in [0, 1]: of the teacher; receives no gradient
 ) -> Tensor:  # scalar, mean over the rows
-    "Each row's own mix of its two losses (our Eq. 5). Raises `ValueError` for shapes that do not fit."
+    """Each row's own mix of its two losses (our Eq. 5).
+
+    Raises `ValueError` for shapes that do not fit."""
     if losses.shape != (*weights.shape, 2):
         raise ValueError(
-            f"losses {tuple(losses.shape)} need weights ({len(losses)},), got {tuple(weights.shape)}"
+            f"losses {tuple(losses.shape)} need weights ({len(losses)},), "
+            f"got {tuple(weights.shape)}"
         )
     weights = weights.detach()
     return ((1 - weights) * losses[:, 0] + weights * losses[:, 1]).mean()
@@ -68,17 +76,17 @@ def weighted_loss(
 # %% ../nbs/reweighted_kd.ipynb #009fd8a2
 @contextmanager
 def _same_masks(seed: int, device: torch.device) -> Iterator[None]:
-    "Dropout inside the block is that of `seed`; outside, the generators stand where they stood."
-    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-        (
-            torch.manual_seed
-            if device.type == "cuda"
-            else torch.default_generator.manual_seed
-        )(seed)  # the former reseeds all GPUs
+    "Dropout in the block is that of `seed`; outside, the generators do not move."
+    on_gpu = device.type == "cuda"
+    # torch.manual_seed would also reseed the GPUs
+    reseed = torch.manual_seed if on_gpu else torch.default_generator.manual_seed
+    with torch.random.fork_rng(devices=[device] if on_gpu else []):
+        reseed(seed)
         yield
 
 
 def _trained(student: nn.Module) -> dict[str, Tensor]:
+    "The weights that training moves, by name."
     return {name: p for name, p in student.named_parameters() if p.requires_grad}
 
 
@@ -89,125 +97,123 @@ def _losses_at(
     temperature: float,
     seed: int,
 ) -> Tensor:
-    "`per_sample_losses` of the student with other weights; running statistics stay as they are."
+    "`per_sample_losses` of the student with other weights; nothing in it changes."
     buffers = {name: b.clone() for name, b in student.named_buffers()}
     inputs = {name: batch[name] for name in INPUTS if name in batch}
     with _same_masks(seed, batch["labels"].device):
-        logits = logits_of(
-            functional_call(student, {**weights, **buffers}, kwargs=inputs)
-        )
+        output = functional_call(student, {**weights, **buffers}, kwargs=inputs)
+    logits = logits_of(output)
     return per_sample_losses(
         logits, batch.get("teacher_logits", logits), batch["labels"], temperature
     )
 
-# %% ../nbs/reweighted_kd.ipynb #a4e42f30
-def meta_gradient(
-    student: nn.Module,  # in the mode it trains in
-    meta_batch: dict[
-        str, Tensor
-    ],  # held-out inputs and labels; for meta_loss="both" teacher_logits too
-    meta_loss: Literal[
-        "labels", "both"
-    ] = "labels",  # the label loss, or the sum of both losses
-    temperature: float = 2.0,  # > 0, of the teacher's loss
-    seed: int = 0,  # of the dropout masks
-) -> dict[str, Tensor]:  # by parameter, for those that are trained
-    "Gradient of the held-out loss. Raises `ValueError` for another `meta_loss`, and for rows without labels."
-    weights = _trained(student)
-    total = _held_out_loss(
-        _losses_at(student, weights, meta_batch, temperature, seed),
-        meta_batch,
-        meta_loss,
-    )
-    found = torch.autograd.grad(total, list(weights.values()), allow_unused=True)
-    return {name: g for name, g in zip(weights, found) if g is not None}
-
-
+# %% ../nbs/reweighted_kd.ipynb #0a2a0845
 def _held_out_loss(
     losses: Tensor, meta_batch: dict[str, Tensor], meta_loss: str
 ) -> Tensor:
+    "The mean of the label loss over the held-out rows, or of the sum of both losses."
     if meta_loss not in ("labels", "both"):
         raise ValueError(f'meta_loss must be "labels" or "both", got {meta_loss!r}')
-    if (meta_batch["labels"] == -100).any():
+    unlabelled = int((meta_batch["labels"] == -100).sum())
+    if unlabelled:
         raise ValueError(
-            f"every held-out row needs a label, but {int((meta_batch['labels'] == -100).sum())} have -100"
+            f"every held-out row needs a label, but {unlabelled} have -100"
         )
     if meta_loss == "labels":
         return losses[:, 0].mean()
     if "teacher_logits" not in meta_batch:
         raise ValueError(
-            f'meta_loss="both" needs teacher_logits for the held-out rows too; they have {sorted(meta_batch)}'
+            'meta_loss="both" needs teacher_logits for the held-out rows too; they '
+            f"have {sorted(meta_batch)}"
         )
     return losses.sum(1).mean()
+
+# %% ../nbs/reweighted_kd.ipynb #a4e42f30
+def meta_gradient(
+    student: nn.Module,  # in the mode it trains in
+    meta_batch: dict[str, Tensor],  # held out: inputs, labels; "both": teacher_logits
+    meta_loss: Literal["labels", "both"] = "labels",  # the label loss, or both losses
+    temperature: float = 2.0,  # > 0, of the teacher's loss
+    seed: int = 0,  # of the dropout masks
+) -> dict[str, Tensor]:  # by parameter, for those that are trained
+    """The gradient of the held-out loss; "both" is the sum of label and teacher loss.
+
+    Raises `ValueError` for another `meta_loss`, and for rows without labels."""
+    weights = _trained(student)
+    losses = _losses_at(student, weights, meta_batch, temperature, seed)
+    total = _held_out_loss(losses, meta_batch, meta_loss)
+    gradients = torch.autograd.grad(total, list(weights.values()), allow_unused=True)
+    return {name: g for name, g in zip(weights, gradients) if g is not None}
 
 # %% ../nbs/reweighted_kd.ipynb #7242920b
 def shifted_losses(
     student: nn.Module,  # in the mode it trains in
     batch: dict[str, Tensor],  # inputs, labels and teacher_logits
     gradient: dict[str, Tensor],  # from `meta_gradient`
-    step: float = 1e-3,  # how far to go, as a length in weight space; negative: the other way
+    step: float = 1e-3,  # its length in weight space; negative: the other way
     temperature: float = 2.0,  # > 0, of the teacher's loss
     seed: int = 0,  # of the dropout masks
-) -> tuple[Tensor, Tensor]:  # (batch, 2), the losses there; and the gradient's length
-    "The losses of the batch a small step up the held-out gradient: one forward pass without gradient."
+) -> tuple[Tensor, Tensor]:  # (batch, 2), the losses; and the gradient's length
+    """The losses of the batch a small step up the held-out gradient.
+
+    Costs one forward pass without gradient."""
     length = torch.stack([g.norm() for g in gradient.values()]).norm().clamp(min=1e-30)
     weights = dict(student.named_parameters())
     with torch.no_grad():
-        there = {
+        moved = {
             name: weights[name] + g * (step / length) for name, g in gradient.items()
         }
-        return _losses_at(student, there, batch, temperature, seed), length
+        return _losses_at(student, moved, batch, temperature, seed), length
 
 # %% ../nbs/reweighted_kd.ipynb #5e71479c
+_Way = Literal["finite_difference", "forward", "double_backward"]
+
+
 def alignment(
     student: nn.Module,  # in the mode it trains in
     batch: dict[str, Tensor],  # inputs, labels and teacher_logits
-    meta_batch: dict[
-        str, Tensor
-    ],  # held-out inputs and labels; for meta_loss="both" teacher_logits too
-    how: Literal[
-        "finite_difference", "forward", "double_backward"
-    ] = "finite_difference",  # the first works on any model
+    meta_batch: dict[str, Tensor],  # held out: inputs, labels; "both": teacher_logits
+    how: _Way = "finite_difference",  # the first works on any model
     meta_loss: Literal["labels", "both"] = "labels",  # as in `meta_gradient`
     temperature: float = 2.0,  # > 0, of the teacher's loss
     step: float = 1e-3,  # > 0, of the finite difference
     seed: int = 0,  # of the dropout masks, the same in all passes over one batch
-) -> Tensor:  # (batch, 2): inner products of the held-out gradient with those of each row's label loss and teacher loss
-    "How well each loss of each row agrees with the held-out set (our Eq. 3), in one of three ways. Raises `ValueError` for another `how`."
+) -> Tensor:  # (batch, 2): for each row's label loss and teacher loss
+    """Inner products of the held-out gradient with those of each row (our Eq. 3).
+
+    Raises `ValueError` for another `how`."""
     if how not in _WAYS:
         raise ValueError(f"how must be one of {tuple(_WAYS)}, got {how!r}")
     if step <= 0:
         raise ValueError(f"step must be > 0, got {step}")
     if "teacher_logits" not in batch:
         raise ValueError(f"the batch needs teacher_logits; it has {sorted(batch)}")
-    return _WAYS[how](
-        student, batch, meta_batch, meta_loss, temperature, step, seed
-    ).detach()
+    way = _WAYS[how]
+    inner = way(student, batch, meta_batch, meta_loss, temperature, step, seed)
+    return inner.detach()
 
-# %% ../nbs/reweighted_kd.ipynb #c6e6b10b
+# %% ../nbs/reweighted_kd.ipynb #1b895363
 def _by_difference(student, batch, meta_batch, meta_loss, temperature, step, seed):
+    "Two forward passes, a small step to either side."
     gradient = meta_gradient(student, meta_batch, meta_loss, temperature, seed + 1)
     ahead, length = shifted_losses(student, batch, gradient, step, temperature, seed)
     behind, _ = shifted_losses(student, batch, gradient, -step, temperature, seed)
     return (ahead - behind) * (length / (2 * step))
 
-
+# %% ../nbs/reweighted_kd.ipynb #ecb089c8
 def _by_forward_mode(student, batch, meta_batch, meta_loss, temperature, step, seed):
-    gradient, weights = (
-        meta_gradient(student, meta_batch, meta_loss, temperature, seed + 1),
-        _trained(student),
-    )
+    "One pass in forward mode."
+    gradient = meta_gradient(student, meta_batch, meta_loss, temperature, seed + 1)
+    weights = _trained(student)
     direction = {
         name: gradient.get(name, torch.zeros_like(w)) for name, w in weights.items()
     }
-    return jvp(
-        lambda w: _losses_at(student, w, batch, temperature, seed),
-        (weights,),
-        (direction,),
-    )[1]
+    losses = lambda w: _losses_at(student, w, batch, temperature, seed)
+    return jvp(losses, (weights,), (direction,))[1]
 
-
+# %% ../nbs/reweighted_kd.ipynb #c6e6b10b
 def _by_double_backward(student, batch, meta_batch, meta_loss, temperature, step, seed):
+    "The virtual update of our Eq. 2, differentiated."
     weights = _trained(student)
     losses = _losses_at(student, weights, batch, temperature, seed)
     epsilon = torch.zeros_like(losses, requires_grad=True)
@@ -218,11 +224,8 @@ def _by_double_backward(student, batch, meta_batch, meta_loss, temperature, step
         materialize_grads=True,
     )
     virtual = {name: w - g for (name, w), g in zip(weights.items(), slopes)}
-    held_out = _held_out_loss(
-        _losses_at(student, virtual, meta_batch, temperature, seed + 1),
-        meta_batch,
-        meta_loss,
-    )
+    meta_losses = _losses_at(student, virtual, meta_batch, temperature, seed + 1)
+    held_out = _held_out_loss(meta_losses, meta_batch, meta_loss)
     return -torch.autograd.grad(held_out, epsilon)[0]
 
 
@@ -236,18 +239,16 @@ _WAYS = {
 def meta_weights(
     student: nn.Module,  # in the mode it trains in
     batch: dict[str, Tensor],  # inputs, labels and teacher_logits
-    meta_batch: dict[
-        str, Tensor
-    ],  # held-out inputs and labels; for meta_loss="both" teacher_logits too
-    how: Literal[
-        "finite_difference", "forward", "double_backward"
-    ] = "finite_difference",  # as in `alignment`
+    meta_batch: dict[str, Tensor],  # held out: inputs, labels; "both": teacher_logits
+    how: _Way = "finite_difference",  # as in `alignment`
     meta_loss: Literal["labels", "both"] = "labels",  # as in `meta_gradient`
     temperature: float = 2.0,  # > 0, of the teacher's loss
     step: float = 1e-3,  # > 0, of the finite difference
     seed: int = 0,  # of the dropout masks
 ) -> Tensor:  # (batch,), in [0, 1]: weight of the teacher
-    "The weights of RW-KD for one batch. Raises `ValueError` as `alignment` does."
+    """The weights of RW-KD for one batch (our Eq. 3 and 4).
+
+    Raises `ValueError` as `alignment` does."""
     return weights_of(
         alignment(student, batch, meta_batch, how, meta_loss, temperature, step, seed),
         batch["labels"],
@@ -255,43 +256,45 @@ def meta_weights(
 
 # %% ../nbs/reweighted_kd.ipynb #2e387a03
 def reweighted_loss(
-    student: nn.Module,  # in the mode it trains in; on several processes, DistributedDataParallel's wrapper
+    student: nn.Module,  # in the mode it trains in; DistributedDataParallel's too
     batch: dict[str, Tensor],  # inputs, labels and teacher_logits
-    meta_batch: dict[
-        str, Tensor
-    ],  # held-out inputs and labels; for meta_loss="both" teacher_logits too
+    meta_batch: dict[str, Tensor],  # held out: inputs, labels; "both": teacher_logits
     temperature: float = 2.0,  # > 0, of the teacher's loss
     meta_loss: Literal["labels", "both"] = "labels",  # as in `meta_gradient`
     step: float = 1e-3,  # > 0, of the one-sided difference
-) -> Loss:  # its parts: the mean weight of the teacher, and the shares of labelled rows near 0, at one half, and near 1
-    "One forward and backward pass for the held-out gradient, one for the update, and one forward pass between. Raises `ValueError` in mixed precision."
-    bare = (
-        student.module
-        if isinstance(student, nn.parallel.DistributedDataParallel)
-        else student
-    )
+) -> Loss:  # parts: mean weight; shares of labelled rows near 0, at one half, near 1
+    """The losses of the batch, weighted as the held-out rows ask for (our Eq. 5).
+
+    Costs a forward and a backward pass for the held-out gradient, both for the update,
+    and one forward pass between. Raises `ValueError` in mixed precision."""
+    parallel = isinstance(student, nn.parallel.DistributedDataParallel)
+    bare = student.module if parallel else student
     if hasattr(bare, "_original_forward"):  # Accelerate's mark of mixed precision
         raise ValueError(
-            'RW-KD compares losses that differ in the fourth digit: use mixed_precision="no", not "fp16" or "bf16"'
+            "RW-KD compares losses that differ in the fourth digit: use "
+            'mixed_precision="no", not "fp16" or "bf16"'
         )
-    seed, labels = int(torch.randint(2**62, ())), batch["labels"]
+    labels = batch["labels"]
+    seed = int(torch.randint(2**62, ()))
     gradient = meta_gradient(bare, meta_batch, meta_loss, temperature, seed + 1)
     with _same_masks(seed, labels.device):
         logits = forward(student, batch)
     losses = per_sample_losses(logits, batch["teacher_logits"], labels, temperature)
     ahead, length = shifted_losses(bare, batch, gradient, step, temperature, seed)
     weights = weights_of((ahead - losses.detach()) * (length / step), labels)
-    known = weights[labels != -100]
+    return Loss(weighted_loss(losses, weights), _shares(weights, labels != -100))
+
+
+def _shares(weights: Tensor, known: Tensor) -> dict[str, Tensor]:
+    "The mean weight of all rows, and where those of the labelled rows lie."
+    labelled = weights[known]
     share = lambda hit: hit.float().mean().nan_to_num()
-    return Loss(
-        weighted_loss(losses, weights),
-        {
-            "teacher_weight": weights.mean(),
-            "near_0": share(known < 0.05),
-            "near_half": share((known - 0.5).abs() < 1e-3),
-            "near_1": share(known > 0.95),
-        },
-    )
+    return {
+        "teacher_weight": weights.mean(),
+        "near_0": share(labelled < 0.05),
+        "near_half": share((labelled - 0.5).abs() < 1e-3),
+        "near_1": share(labelled > 0.95),
+    }
 
 # %% ../nbs/reweighted_kd.ipynb #c2f2a0e9
 def draw_rows(
@@ -301,11 +304,19 @@ def draw_rows(
     device: torch.device | str = "cpu",  # where the batch goes
 ) -> dict[str, Tensor]:  # a batch
     "A batch that depends on nothing but the rows and the place in the stage."
-    draw = torch.Generator().manual_seed(
-        mix_seed("meta", progress.epoch, progress.step)
-    )
+    seed = mix_seed("meta", progress.epoch, progress.step)
+    draw = torch.Generator().manual_seed(seed)
     index = torch.randperm(len(rows), generator=draw)[:size].tolist()
     return {name: value.to(device) for name, value in rows.batch(index).items()}
+
+# %% ../nbs/reweighted_kd.ipynb #da3ccb0d
+def _keys(dataset: "datasets.Dataset", *extra: str) -> list[str]:
+    "What a row is, as far as a model can see, and in the columns `extra`."
+    present = dataset.column_names
+    text = [name for name in ("text", "text_pair") if name in present]
+    columns = text or [name for name in INPUTS if name in present]
+    columns += [name for name in extra if name in present]
+    return [repr(row) for row in zip(*(dataset[name][:] for name in columns))]
 
 # %% ../nbs/reweighted_kd.ipynb #72b3e457
 def check_meta(
@@ -314,54 +325,45 @@ def check_meta(
     validation: "datasets.Dataset|None" = None,  # rows that choose the kept weights
     columns: tuple[str, ...] = ("label",),  # what held-out rows must have
 ) -> None:
-    "Raise `ValueError` for a meta set that is missing, lacks columns or labels, or also trains or validates."
+    """Raise `ValueError` for a meta set that cannot vouch for anything.
+
+    It may be missing, lack columns or labels, or also train or validate."""
     if meta is None:
         raise ValueError(
-            'RW-KD needs a meta set: parts = train.train_test_split(200, seed=0), then meta=parts["test"], and train on parts["train"]'
+            "RW-KD needs a meta set: parts = train.train_test_split(200, seed=0), then "
+            'meta=parts["test"], and train on parts["train"]'
         )
     for name in columns:
         if name not in meta.column_names:
             raise ValueError(
                 f"the meta set lacks the column {name!r}; it has {meta.column_names}"
             )
-    hidden = sum(label == -100 for label in meta["label"])
-    if hidden or not len(meta):
+    unlabelled = sum(label == -100 for label in meta["label"])
+    if unlabelled or not len(meta):
         raise ValueError(
-            f"{hidden} of {len(meta)} meta rows have no label: hold out labelled rows"
+            f"{unlabelled} of {len(meta)} meta rows have no label: hold out labelled "
+            "rows"
         )
-    for who, rows in (("train", train), ("validate", validation)):
+    for does, rows in (("train", train), ("validate", validation)):
         shared = set(_keys(meta)) & set(_keys(rows)) if rows is not None else ()
         if shared:
             raise ValueError(
-                f"{len(shared)} of {len(meta)} meta rows also {who}, one of them {min(shared)[:60]}: a meta set must be held out"
+                f"{len(shared)} of {len(meta)} meta rows also {does}, one of them "
+                f"{min(shared)[:60]}: a meta set must be held out"
             )
-
-
-def _keys(dataset: "datasets.Dataset", *more: str) -> list[str]:
-    "What a row is, as far as a model can see, and in the columns `more`."
-    columns = [n for n in ("text", "text_pair") if n in dataset.column_names] or [
-        n for n in INPUTS if n in dataset.column_names
-    ]
-    return [
-        repr(row)
-        for row in zip(
-            *(
-                dataset[name]
-                for name in (*columns, *more)
-                if name in dataset.column_names
-            )
-        )
-    ]
 
 # %% ../nbs/reweighted_kd.ipynb #5aa190da
 class RWKD:
-    "Label loss and teacher loss, mixed for each row as a held-out set asks for. Raises `ValueError` for arguments out of range, and as `check_meta` does."
+    """Label loss and teacher loss, mixed for each row as a held-out set asks for.
+
+    With "both" the held-out rows need `teacher_logits` too. Raises `ValueError` for
+    arguments out of range, and as `check_meta` does."""
 
     requires, rows = ("label", "teacher_logits"), "all"
 
     def __init__(
         self,
-        meta: "datasets.Dataset|None" = None,  # labelled rows held out of the training data; for meta_loss="both" with teacher_logits
+        meta: "datasets.Dataset|None" = None,  # labelled rows held out
         temperature: float = 2.0,  # > 0, of the teacher's loss
         meta_loss: Literal["labels", "both"] = "labels",  # as in `meta_gradient`
         meta_batch_size: int = 32,  # held-out rows per update
@@ -375,23 +377,31 @@ class RWKD:
             raise ValueError(f'meta_loss must be "labels" or "both", got {meta_loss!r}')
         if meta_batch_size < 1 or step <= 0:
             raise ValueError(
-                f"meta_batch_size must be >= 1 and step > 0, got {meta_batch_size} and {step}"
+                "meta_batch_size must be >= 1 and step > 0, got "
+                f"{meta_batch_size} and {step}"
             )
-        (
-            self.temperature,
-            self.meta_loss,
-            self.meta_batch_size,
-            self.step,
-            self.max_length,
-        ) = temperature, meta_loss, meta_batch_size, step, max_length
-        self.meta, self._meta, self._rows, self._tokenizer = (
-            ""
-            if meta is None
-            else f"{len(meta)} rows, {mix_seed(*_keys(meta, 'label'))}",
-            meta,
-            None,
-            tokenizer,
-        )
+        self.meta = ""  # a fingerprint, so that a checkpoint knows its held-out rows
+        if meta is not None:
+            self.meta = f"{len(meta)} rows, {mix_seed(*_keys(meta, 'label'))}"
+        self.temperature = temperature
+        self.meta_loss = meta_loss
+        self.meta_batch_size = meta_batch_size
+        self.step = step
+        self.tokenizer = tokenizer
+        self.max_length = max_length
+        self._held_out = meta
+        self._rows = None  # the same, encoded when the student is known
+
+    def settings(self) -> dict[str, Any]:
+        "Its arguments, and a fingerprint of the held-out rows where there are any."
+        arguments = {
+            "temperature": self.temperature,
+            "meta_loss": self.meta_loss,
+            "meta_batch_size": self.meta_batch_size,
+            "step": self.step,
+            "max_length": self.max_length,
+        }
+        return {**arguments, "meta": self.meta} if self.meta else arguments
 
     def check(
         self,
@@ -400,28 +410,23 @@ class RWKD:
         validation: "datasets.Dataset|None" = None,
     ) -> None:
         "Called by `fit` before it starts."
-        check_meta(
-            self._meta,
-            train,
-            validation,
-            ("label", "teacher_logits")[: 1 + (self.meta_loss == "both")],
-        )
+        with_teacher = self.meta_loss == "both"
+        columns = ("label", "teacher_logits") if with_teacher else ("label",)
+        check_meta(self._held_out, train, validation, columns)
 
     def meta_batch(self, student: nn.Module, progress: Progress) -> dict[str, Tensor]:
-        "The held-out rows of this update, drawn by its number alone, so that a resumed run draws them again."
+        """The held-out rows of this update.
+
+        Its number alone decides them, so that a resumed run draws them again."""
         model = getattr(student, "module", student)
         if self._rows is None:
             self._rows = Rows(
-                encode(self._meta, model, self._tokenizer, self.max_length),
+                encode(self._held_out, model, self.tokenizer, self.max_length),
                 ("label", "teacher_logits"),
-                pad_id_of(model, self._tokenizer),
+                pad_id_of(model, self.tokenizer),
             )
-        return draw_rows(
-            self._rows,
-            self.meta_batch_size,
-            progress,
-            next(student.parameters()).device,
-        )
+        device = next(student.parameters()).device
+        return draw_rows(self._rows, self.meta_batch_size, progress, device)
 
     def __call__(
         self, student: nn.Module, batch: dict[str, Tensor], progress: Progress
@@ -445,65 +450,66 @@ def recipe(
     temperature: float = 2.0,  # > 0, of the teacher's loss
     meta_loss: Literal["labels", "both"] = "labels",  # as in `meta_gradient`
 ) -> Recipe:  # for `fit`
-    "The one stage of RW-KD; best validated weights kept. Raises `ValueError` as `RWKD` does."
-    return Recipe(
-        (
-            Stage(
-                RWKD(meta, temperature, meta_loss, batch_size),
-                epochs,
-                lr,
-                batch_size,
-                name="reweighted",
-            ),
-        )
-    )
+    """The one stage of RW-KD, of which the best validated weights are kept.
+
+    With "both" the held-out rows need `teacher_logits`. Raises `ValueError` as `RWKD`
+    does."""
+    objective = RWKD(meta, temperature, meta_loss, batch_size)
+    return Recipe((Stage(objective, epochs, lr, batch_size, name="reweighted"),))
 
 # %% ../nbs/reweighted_kd.ipynb #89e23f7d
+_Weight = float | tuple[float, float] | Literal["truth", "confidence"]
+
+
 class WeightedKD:
-    "The same two losses with weights from elsewhere. Raises `ValueError` for a weight outside [0, 1] and an unknown rule."
+    """The same two losses with weights from elsewhere.
+
+    A pair of weights is a line over the stage, from one to the other. "truth" is the
+    teacher's probability of the label, "confidence" its certainty. Raises `ValueError`
+    for a weight outside [0, 1] and an unknown rule."""
 
     requires, rows = ("label", "teacher_logits"), "all"
 
     def __init__(
         self,
-        weight: float
-        | tuple[float, float]
-        | Literal[
-            "truth", "confidence"
-        ] = 0.5,  # of the teacher: fixed; from, to; its probability of the label; its certainty
+        weight: _Weight = 0.5,  # of the teacher, in [0, 1]: fixed; from, to; or a rule
         temperature: float = 2.0,  # > 0, of the teacher's loss
     ):
-        ends = weight if isinstance(weight, tuple) else (weight, weight)
         if isinstance(weight, str):
             if weight not in ("truth", "confidence"):
                 raise ValueError(
-                    f'weight must be a number, a pair, "truth" or "confidence", got {weight!r}'
+                    'weight must be a number, a pair, "truth" or "confidence", '
+                    f"got {weight!r}"
                 )
-        elif len(ends) != 2 or not all(0 <= w <= 1 for w in ends):
-            raise ValueError(f"weights must be in [0, 1], got {weight}")
+        else:
+            ends = weight if isinstance(weight, tuple) else (weight, weight)
+            if len(ends) != 2 or not all(0 <= w <= 1 for w in ends):
+                raise ValueError(f"weights must be in [0, 1], got {weight}")
         if temperature <= 0:
             raise ValueError(f"temperature must be > 0, got {temperature}")
-        self.weight, self.temperature = weight, temperature
+        self.weight = weight
+        self.temperature = temperature
+
+    def settings(self) -> dict[str, Any]:
+        "Its arguments."
+        return {"weight": self.weight, "temperature": self.temperature}
 
     def weights(
         self, batch: dict[str, Tensor], progress: Progress
     ) -> Tensor:  # (batch,), in [0, 1]
         "The teacher's weight on every row; 1 where there is no label."
-        labels, probs = batch["labels"], F.softmax(batch["teacher_logits"], dim=-1)
+        labels = batch["labels"]
+        probs = F.softmax(batch["teacher_logits"], dim=-1)
         if self.weight == "truth":
-            found = probs.gather(1, labels.clamp(min=0)[:, None])[:, 0]
+            weights = probs.gather(1, labels.clamp(min=0)[:, None])[:, 0]
         elif self.weight == "confidence":
-            found = 1 - torch.special.entr(probs).sum(-1) / math.log(probs.shape[-1])
+            weights = 1 - torch.special.entr(probs).sum(-1) / math.log(probs.shape[-1])
         else:
-            start, end = (
-                self.weight
-                if isinstance(self.weight, tuple)
-                else (self.weight, self.weight)
-            )
-            found = torch.full(
-                labels.shape, start + (end - start) * progress.t, device=labels.device
-            )
-        return found.masked_fill(labels == -100, 1.0)
+            pair = isinstance(self.weight, tuple)
+            start, end = self.weight if pair else (self.weight, self.weight)
+            now = start + (end - start) * progress.t
+            weights = torch.full(labels.shape, now, device=labels.device)
+        return weights.masked_fill(labels == -100, 1.0)
 
     def __call__(
         self, student: nn.Module, batch: dict[str, Tensor], progress: Progress

@@ -118,10 +118,14 @@ def _unpadded(dataset: "datasets.Dataset", name: str) -> list[Tensor]:
     rows = [torch.tensor(row) for row in dataset[name]]
     if "attention_mask" not in dataset.column_names:
         return rows
-    return [
-        row[torch.tensor(mask).bool()]
-        for row, mask in zip(rows, dataset["attention_mask"])
-    ]
+    masks = [torch.tensor(mask).bool() for mask in dataset["attention_mask"]]
+    return [row[mask] for row, mask in zip(rows, masks)]
+
+
+def _dense(dataset: "datasets.Dataset", name: str) -> Tensor:
+    "A column of numbers, as float32 or int64."
+    values = torch.as_tensor(np.asarray(dataset.with_format("numpy")[name]))
+    return values.float() if values.is_floating_point() else values.long()
 
 # %% ../nbs/rows.ipynb #deda49b0
 class Rows:
@@ -138,25 +142,20 @@ class Rows:
         have = dataset.column_names
         plain = dataset.with_format(None)
         self.ragged = {
-            k: _unpadded(plain, k) for k in ("input_ids", "token_type_ids") if k in have
+            name: _unpadded(plain, name)
+            for name in ("input_ids", "token_type_ids")
+            if name in have
         }
         self.dense = {
-            ("labels" if k == "label" else k): torch.as_tensor(
-                np.asarray(dataset.with_format("numpy")[k])
-            )
-            for k in ("pixel_values", *columns)
-            if k in have
+            "labels" if name == "label" else name: _dense(dataset, name)
+            for name in ("pixel_values", *columns)
+            if name in have
         }
-        self.dense = {
-            k: v.float() if v.is_floating_point() else v.long()
-            for k, v in self.dense.items()
-        }
-        self.pad_id, self.size = pad_id, len(dataset)
-        self.lengths = (
-            [len(v) for v in self.ragged["input_ids"]]
-            if self.ragged
-            else [1] * self.size
-        )
+        self.pad_id = pad_id
+        self.size = len(dataset)
+        self.lengths = [1] * self.size
+        if self.ragged:
+            self.lengths = [len(ids) for ids in self.ragged["input_ids"]]
 
     def __len__(self) -> int:
         return self.size
@@ -175,9 +174,8 @@ class Rows:
             )
         if self.ragged:
             length = torch.tensor([self.lengths[i] for i in index])
-            out["attention_mask"] = (
-                torch.arange(int(length.max()))[None] < length[:, None]
-            ).long()
+            places = torch.arange(int(length.max()))
+            out["attention_mask"] = (places[None] < length[:, None]).long()
         return out
 
 # %% ../nbs/rows.ipynb #3f5cf84b
@@ -223,7 +221,8 @@ def run_batches(
     progress: bool = False,  # show a bar when there is more than a few seconds of work
 ) -> dict[str, Tensor]:  # (len(rows), ...) each, float32 on the CPU
     "Columns that a model writes for the rows of `batches`; other rows are undefined."
-    device, was_training = next(model.parameters()).device, model.training
+    device = next(model.parameters()).device
+    was_training = model.training
     model.eval()
     out: dict[str, Tensor] = {}
     try:

@@ -9,26 +9,26 @@ __all__ = ['snapshot_steps', 'SWA', 'recipe']
 from dataclasses import replace
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_swa_avg_fn
 
-from .training import Callback, CrossEntropy, Progress, Recipe, Stage
+from .training import Callback, CrossEntropy, Progress, Recipe, Run, Stage
 
 # %% ../nbs/swa.ipynb #091235ac
 def snapshot_steps(
     steps: int,  # updates of the stage
     start: float = 0.5,  # fraction of them after which averaging begins, in [0, 1]
     every: int = 1,  # updates between snapshots, >= 1
-) -> range:  # numbers of the updates after which a snapshot is taken, counted from 1
-    "From update `start * steps` on, every `every`-th one. Raises `ValueError` outside the ranges."
+) -> range:  # numbers of the updates after which there is a snapshot, from 1
+    """Every `every`-th update from `start * steps` on (Izmailov et al. 2018).
+
+    Raises `ValueError` outside the ranges."""
     if not 0 <= start <= 1:
         raise ValueError(f"start must be a fraction in [0, 1], got {start}")
     if every < 1:
         raise ValueError(f"every must be >= 1 update, got {every}")
-    return range(
-        max(1, int(start * steps + 1e-9)), steps + 1, every
-    )  # .29 * 100 is a little less than 29
+    first = int(start * steps + 1e-9)  # .29 * 100 is a little less than 29
+    return range(max(1, first), steps + 1, every)
 
 # %% ../nbs/swa.ipynb #7a420d29
 def _stage_number(stage: int, stages: int) -> int:
@@ -41,57 +41,64 @@ def _stage_number(stage: int, stages: int) -> int:
 
 # %% ../nbs/swa.ipynb #a254033b
 class SWA(Callback):
-    "Averages the weights along the last part of one stage; the mean is validated and kept in place of the student's own."
+    """Averages the weights along the last part of one stage.
+
+    The mean is validated and kept in place of the student's own weights."""
 
     def __init__(
         self,
-        start: float = 0.5,  # fraction of the stage's updates after which averaging begins
+        start: float = 0.5,  # fraction of the stage's updates before averaging begins
         every: int = 1,  # updates between snapshots
         stage: int = -1,  # which stage of the recipe; -1 is the last one
     ):
         snapshot_steps(1, start, every)  # a wrong number fails here, not an hour later
-        self.start, self.every, self.stage, self._here = start, every, stage, True
+        self.start, self.every, self.stage = start, every, stage
+        self._here = True  # in that stage
         self._average, self._names, self._saved = None, [], {}
 
-    def after_step(self, run: "Run", progress: Progress) -> None:
-        "Take a snapshot, where there is one to take. Raises `ValueError` for a recipe without that stage."
+    def settings(self) -> dict[str, Any]:
+        "Its arguments."
+        return {"start": self.start, "every": self.every, "stage": self.stage}
+
+    def after_step(self, run: Run, progress: Progress) -> None:
+        """Take a snapshot, where there is one to take.
+
+        Raises `ValueError` for a recipe without that stage."""
         if run.stage == 0 and progress.step == 1:
             self.load_state_dict({})  # a new run
         self._here = run.stage == _stage_number(self.stage, len(run.recipe.stages))
-        if self._here and progress.step in snapshot_steps(
-            progress.steps, self.start, self.every
-        ):
+        taken = snapshot_steps(progress.steps, self.start, self.every)
+        if self._here and progress.step in taken:
             self.add(run.student)
 
-    def add(self, student: nn.Module) -> None:
-        "One more snapshot: only what is trained, a shared tensor once, in at least 32 bits."
-        moving = {name: p for name, p in student.named_parameters() if p.requires_grad}
+    def add(
+        self,
+        student: nn.Module,  # whose trained weights are the snapshot
+    ) -> None:
+        "One more snapshot: only what is trained, a shared tensor once, in 32 bits."
+        trained = {name: p for name, p in student.named_parameters() if p.requires_grad}
+        snapshot = nn.ParameterList(trained.values())
         if self._average is None:
-            self._names, self._average = (
-                list(moving),
-                AveragedModel(
-                    nn.ParameterList(moving.values()), avg_fn=get_swa_avg_fn()
-                ).float(),
-            )
-            if self._saved:
-                self._average.load_state_dict(
-                    {k: v for k, v in self._saved.items() if k != "names"}
-                )
-        self._average.update_parameters(nn.ParameterList(moving.values()))
+            self._names = list(trained)
+            self._average = AveragedModel(snapshot, avg_fn=get_swa_avg_fn()).float()
+            saved = {k: v for k, v in self._saved.items() if k != "names"}
+            if saved:
+                self._average.load_state_dict(saved)
+        self._average.update_parameters(snapshot)
 
     def weights(self) -> dict[str, Tensor] | None:
-        "The mean, by parameter, within its stage and once there is one. Frozen weights and buffers stay the student's own."
+        """The mean, by parameter, within its stage and once there is one.
+
+        Frozen weights and buffers stay the student's own."""
         if self._average is None or not self._here:
             return None
         return {name: p.detach() for name, p in zip(self._names, self._average.module)}
 
     def state_dict(self) -> dict[str, Any]:
         "The mean so far, and of how many snapshots it is."
-        return (
-            self._saved
-            if self._average is None
-            else {"names": self._names, **self._average.state_dict()}
-        )
+        if self._average is None:
+            return self._saved
+        return {"names": self._names, **self._average.state_dict()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         "Take back what `state_dict` gave."
@@ -99,17 +106,15 @@ class SWA(Callback):
 
 # %% ../nbs/swa.ipynb #c5b39a82
 def recipe(
-    base: Recipe
-    | None = None,  # any recipe, with or without a teacher; default: hard labels alone
-    start: float = 0.5,  # fraction of the last stage after which averaging begins
+    base: Recipe | None = None,  # with or without a teacher; default: hard labels alone
+    start: float = 0.5,  # fraction of the last stage before averaging begins
     every: int = 1,  # updates between snapshots
     epochs: int = 9,  # without `base`
     lr: float = 5e-4,  # peak rate, without `base`
     batch_size: int = 32,  # rows per update, without `base`
 ) -> Recipe:  # for `fit`
-    "`base` with a constant rate in its last stage, and the mean of that stage's weights."
-    base = base or Recipe(
-        (Stage(CrossEntropy(), epochs, lr, batch_size, name="averaged"),)
-    )
+    "`base` with a constant rate in its last stage, and the mean of its weights there."
+    if base is None:
+        base = Recipe((Stage(CrossEntropy(), epochs, lr, batch_size, name="averaged"),))
     stages = (*base.stages[:-1], replace(base.stages[-1], schedule="constant"))
     return replace(base, stages=stages, callbacks=(*base.callbacks, SWA(start, every)))

@@ -19,69 +19,67 @@ from .training import CrossEntropy, Loss, Progress, Recipe, Stage
 
 # %% ../nbs/universal_kd.ipynb #3278cd7e
 def pool_states(
-    states: Tensor,  # (batch, seq_len, hidden_size), or (batch, hidden_size), which is returned as it is
-    attention_mask: Tensor
-    | None = None,  # (batch, seq_len), 1 for real tokens; default: all
-    pool: Literal[
-        "first", "mean"
-    ] = "first",  # the first token, or the mean over real tokens
+    states: Tensor,  # (batch, seq_len, hidden_size), or (batch, hidden_size)
+    attention_mask: Tensor | None = None,  # (batch, seq_len), 1: real; default: all
+    pool: Literal["first", "mean"] = "first",  # first token, or mean over real ones
 ) -> Tensor:  # (batch, hidden_size)
-    "One vector per text from a layer's hidden states. Raises `ValueError` for another `pool`."
+    """One vector per text from a layer's hidden states; those without tokens stay.
+
+    Raises `ValueError` for another `pool`."""
     if pool not in ("first", "mean"):
         raise ValueError(f'pool must be "first" or "mean", got {pool!r}')
     if states.ndim == 2:
         return states
     if pool == "first":
         return states[:, 0]
-    mask = (
-        torch.ones_like(states[..., 0])
-        if attention_mask is None
-        else attention_mask.to(states.dtype)
-    )
-    return (states * mask[..., None]).sum(1) / mask.sum(1, keepdim=True).clamp(min=1)
+    if attention_mask is None:
+        attention_mask = torch.ones_like(states[..., 0])
+    mask = attention_mask.to(states.dtype)[..., None]
+    return (states * mask).sum(1) / mask.sum(1).clamp(min=1)
 
 # %% ../nbs/universal_kd.ipynb #43c4f9e2
 def with_states(
-    model: nn.Module,  # any classifier whose output has `logits` and `hidden_states`, the input first and what its own classifier reads last
+    model: nn.Module,  # its output has `logits` and `hidden_states`
     inputs: dict[str, Tensor],  # what it is called with
 ) -> Any:  # its output
-    "The model's output, with hidden states. Raises `ValueError` where there are none."
-    asked = (
-        {"output_hidden_states": True} if hasattr(model, "config") else {}
-    )  # Hugging Face's models give them on demand
-    output = model(**inputs, **asked)
+    """The model's output, with hidden states: the input first, the last layer last.
+
+    Raises `ValueError` where there are none."""
+    # Hugging Face's models give them on demand
+    kwargs = {"output_hidden_states": True} if hasattr(model, "config") else {}
+    output = model(**inputs, **kwargs)
     if getattr(output, "hidden_states", None) is None:
         raise ValueError(
-            f"{type(model).__name__} returned no hidden_states: its output needs a tuple of that name"
+            f"{type(model).__name__} returned no hidden_states: "
+            "its output needs a tuple of that name"
         )
     return output
 
-
+# %% ../nbs/universal_kd.ipynb #9f53f844
 def _places(
     model: nn.Module, layers: tuple[int, ...] | None, example: dict[str, Tensor] | None
 ) -> tuple[tuple[int, ...], list[int], int]:
-    "The places that get a head, the widths there, and the number of classes, found by showing the model an example."
-    example, device, training = (
-        example or {"input_ids": torch.ones(1, 4, dtype=torch.long)},
-        next(model.parameters()).device,
-        model.training,
-    )
+    "The places that get a head, the widths there, and the number of classes."
+    example = example or {"input_ids": torch.ones(1, 4, dtype=torch.long)}
+    device = next(model.parameters()).device
+    inputs = {name: value.to(device) for name, value in example.items()}
+    training = model.training
     try:
         with torch.no_grad():
-            output = with_states(
-                model.eval(), {k: v.to(device) for k, v in example.items()}
-            )
+            output = with_states(model.eval(), inputs)
     finally:
         model.train(training)
     states = output.hidden_states
     layers = tuple(range(1, len(states) - 1)) if layers is None else tuple(layers)
     if not layers:
         raise ValueError(
-            f"{type(model).__name__} has no layer between its input and its last one: give layers=, or a deeper model"
+            f"{type(model).__name__} has no layer between its input and its last one: "
+            "give layers=, or a deeper model"
         )
     if not all(0 <= i < len(states) for i in layers):
         raise ValueError(
-            f"layers={layers}, but {type(model).__name__} has hidden states 0 to {len(states) - 1}"
+            f"layers={layers}, but {type(model).__name__} has hidden states 0 to "
+            f"{len(states) - 1}"
         )
     return layers, [states[i].shape[-1] for i in layers], logits_of(output).shape[-1]
 
@@ -102,27 +100,25 @@ class PseudoOutput(NamedTuple):
 class PseudoClassifiers(nn.Module):
     """A model with a linear head on each of its intermediate layers.
 
-    Raises `ValueError` for a model without hidden states, without layers between the first and the last, or without those asked for."""
+    Raises `ValueError` for a model without hidden states, without layers between the
+    first and the last, or without those asked for."""
 
     def __init__(
         self,
         model: nn.Module,  # any classifier, as for `with_states`; kept as `.model`
-        layers: tuple[int, ...]
-        | None = None,  # places in `hidden_states`; default: all but the input (0) and the last
-        outputs: int
-        | None = None,  # width of the heads; default: the number of classes
+        layers: tuple[int, ...] | None = None,  # places; default: all but both ends
+        outputs: int | None = None,  # width of the heads; default: the model's classes
         pool: Literal["first", "mean"] = "first",  # as in `pool_states`
-        example: dict[str, Tensor]
-        | None = None,  # inputs to find the widths with; default: four tokens
+        example: dict[str, Tensor] | None = None,  # shows widths; default: four tokens
         seed: int = 0,  # of the heads' weights
     ):
         super().__init__()
-        self.model, self.pool = model, pool
+        self.model = model
+        self.pool = pool
         self.layers, widths, classes = _places(model, layers, example)
         with torch.random.fork_rng(devices=[]):
-            torch.default_generator.manual_seed(
-                seed
-            )  # torch.manual_seed would also reseed the GPUs
+            # torch.manual_seed would also reseed the GPUs
+            torch.default_generator.manual_seed(seed)
             self.heads = nn.ModuleList(
                 nn.Linear(width, outputs or classes) for width in widths
             )
@@ -135,37 +131,35 @@ class PseudoClassifiers(nn.Module):
 
     def extra_repr(self) -> str:
         "What shapes the output beside the weights."
-        return f"layers={self.layers}, pool={self.pool}, {getattr(self.model, 'config', '')}"
+        config = getattr(self.model, "config", "")
+        return f"layers={self.layers}, pool={self.pool}, {config}"
 
     def forward(self, **inputs: Tensor) -> PseudoOutput:
         "The model's logits, and those of every head."
         output = with_states(self.model, inputs)
-        pooled = tuple(
-            pool_states(
-                output.hidden_states[i], inputs.get("attention_mask"), self.pool
-            )
-            for i in self.layers
-        )
-        logits, pseudo = (
-            logits_of(output),
-            torch.stack([head(x) for head, x in zip(self.heads, pooled)], 1),
-        )
-        # On several processes every weight must take part in every update, also in a stage that does not look at the heads.
+        mask = inputs.get("attention_mask")
+        states = [output.hidden_states[i] for i in self.layers]
+        pooled = tuple(pool_states(layer, mask, self.pool) for layer in states)
+        logits = logits_of(output)
+        pseudo_logits = torch.stack([head(x) for head, x in zip(self.heads, pooled)], 1)
+        # On several processes every weight must take part in every update, also in a
+        # stage that does not look at the heads.
         if torch.distributed.is_available() and torch.distributed.is_initialized():
-            logits = logits + 0 * pseudo.sum()
-        return PseudoOutput(logits, pseudo, pooled)
+            logits = logits + 0 * pseudo_logits.sum()
+        return PseudoOutput(logits, pseudo_logits, pooled)
 
 # %% ../nbs/universal_kd.ipynb #e8086ca0
 def train_heads(
-    pseudo: PseudoClassifiers,  # its model stays as it is; everything is frozen at the end
+    pseudo: PseudoClassifiers,  # its model stays as it is; all is frozen at the end
     dataset: "datasets.Dataset",  # labelled rows; those with label -100 are left out
-    penalty: float = 1e-2,  # >= 0, on half the squared weights; keeps the heads finite where a layer separates the classes
-    **settings: Any,  # passed on to `predict_logits`: batch_size, tokenizer, max_length, progress
+    penalty: float = 1e-2,  # >= 0, on half the squared weights
+    **settings: Any,  # for `predict_logits`: batch_size, tokenizer, max_length, ...
 ) -> PseudoClassifiers:  # the same object
-    """Fit every head to the labels by logistic regression (least squares for one output), the layers below untouched.
+    """Fit every head to the labels by logistic regression, the layers below untouched.
 
-    Raises `ValueError` for rows without labels and for labels that the heads have no output for."""
-    labels = torch.tensor(dataset["label"])
+    A single output is fitted by least squares. Raises `ValueError` for rows without
+    labels and for labels that the heads have no output for."""
+    labels = torch.tensor(dataset["label"][:])
     known = labels != -100
     if not known.any():
         raise ValueError(
@@ -174,27 +168,25 @@ def train_heads(
     outputs = pseudo.heads[0].out_features
     if outputs > 1 and (top := int(labels[known].max())) >= outputs:
         raise ValueError(
-            f"label {top} in the rows, but the heads have {outputs} outputs: they must be the teacher's num_labels"
+            f"label {top} in the rows, but the heads have {outputs} outputs: "
+            "they must be the teacher's num_labels"
         )
     pooled = predict_logits(
         pseudo, dataset, read=lambda output: torch.cat(output.pooled, -1), **settings
     )
-    parts = pooled.split([head.in_features for head in pseudo.heads], -1)
+    parts = pooled[known].split([head.in_features for head in pseudo.heads], -1)
     for head, features in zip(pseudo.heads, parts):
-        _fit_head(
-            head,
-            features[known].to(head.weight.device),
-            labels[known].to(head.weight.device),
-            penalty,
-        )
+        device = head.weight.device
+        _fit_head(head, features.to(device), labels[known].to(device), penalty)
     return pseudo.requires_grad_(False).eval()
 
 # %% ../nbs/universal_kd.ipynb #a305dc33
 def _fit_head(
     head: nn.Linear, features: Tensor, labels: Tensor, penalty: float
 ) -> None:
-    "Logistic regression on standardised features, folded back into a head that reads them raw."
-    mean, scale = features.mean(0).double(), features.std(0).double().clamp(min=1e-6)
+    "Logistic regression on standardised features, folded back to read them raw."
+    mean = features.mean(0).double()
+    scale = features.std(0).double().clamp(min=1e-6)
     x = (features.double() - mean) / scale
     fitted = nn.Linear(
         head.in_features, head.out_features, dtype=torch.double, device=x.device
@@ -220,96 +212,97 @@ def _fit_head(
 def attend(
     student_pseudo: Tensor,  # (batch, student layers, num_labels)
     teacher_pseudo: Tensor,  # (batch, teacher layers, num_labels); receives no gradient
-    detach: bool = False,  # True: the attention passes no gradient to the student either
-    centre: bool = False,  # True: scores from logits less their mean over classes, which no shift changes
-) -> tuple[
-    Tensor, Tensor
-]:  # attention (batch, student layers, teacher layers), rows sum to 1; mixed targets, shaped as student_pseudo
-    """Dot products of the two, a softmax over teacher layers, and the teacher's logits mixed by it.
+    detach: bool = False,  # True: attention passes no gradient to the student either
+    centre: bool = False,  # True: scores from logits less their mean over the classes
+) -> tuple[Tensor, Tensor]:  # attention, rows sum to 1; mixed targets
+    """Shares by a softmax of dot products, and the logits that they mix (our Eq. 2).
 
-    Raises `ValueError` for shapes that cannot be matched, and for `centre` with a single output."""
-    if (
-        student_pseudo.ndim != 3
-        or teacher_pseudo.ndim != 3
-        or len(student_pseudo) != len(teacher_pseudo)
-    ):
+    The attention is (batch, student layers, teacher layers); the targets are shaped as
+    `student_pseudo`. Raises `ValueError` for shapes that cannot be matched, and for
+    `centre` with a single output."""
+    shapes = (tuple(student_pseudo.shape), tuple(teacher_pseudo.shape))
+    if [len(shape) for shape in shapes] != [3, 3] or shapes[0][0] != shapes[1][0]:
         raise ValueError(
-            f"need (batch, layers, num_labels) twice with one batch, got {tuple(student_pseudo.shape)} and {tuple(teacher_pseudo.shape)}"
+            "need (batch, layers, num_labels) twice with one batch, "
+            f"got {shapes[0]} and {shapes[1]}"
         )
-    if student_pseudo.shape[-1] != teacher_pseudo.shape[-1]:
+    if shapes[0][-1] != shapes[1][-1]:
         raise ValueError(
-            f"the student's heads have {student_pseudo.shape[-1]} outputs, the teacher's {teacher_pseudo.shape[-1]}: both must be num_labels"
+            f"the student's heads have {shapes[0][-1]} outputs, the teacher's "
+            f"{shapes[1][-1]}: both must be num_labels"
         )
-    if centre and student_pseudo.shape[-1] == 1:
+    if centre and shapes[0][-1] == 1:
         raise ValueError(
-            "centre=True leaves nothing of a single output: use centre=False for regression"
+            "centre=True leaves nothing of a single output: use centre=False for "
+            "regression"
         )
-    query, key = (
-        student_pseudo.detach() if detach else student_pseudo,
-        teacher_pseudo.detach(),
-    )
+    query = student_pseudo.detach() if detach else student_pseudo
+    key = teacher_pseudo.detach()
     if centre:
-        query, key = (u - u.mean(-1, keepdim=True) for u in (query, key))
+        query = query - query.mean(-1, keepdim=True)
+        key = key - key.mean(-1, keepdim=True)
     attention = F.softmax(query @ key.transpose(1, 2), dim=-1)
     return attention, attention @ teacher_pseudo.detach()
 
-# %% ../nbs/universal_kd.ipynb #c8332c74
-def _match(
-    student_logits: Tensor, target: Tensor
-) -> Tensor:  # one value per vector of logits
-    "KL from target to student, or the squared error of a single output. The target may carry gradient: attention's."
+# %% ../nbs/universal_kd.ipynb #18d8571a
+def _match(student_logits: Tensor, target: Tensor) -> Tensor:  # one value per vector
+    """KL from target to student, or the squared error of a single output.
+
+    The target may carry gradient: attention's."""
     if target.shape[-1] == 1:
         return (student_logits - target).pow(2).squeeze(-1)
-    log_p, log_q = F.log_softmax(target, dim=-1), F.log_softmax(student_logits, dim=-1)
+    log_p = F.log_softmax(target, dim=-1)
+    log_q = F.log_softmax(student_logits, dim=-1)
     return (log_p.exp() * (log_p - log_q)).sum(-1)
 
-
+# %% ../nbs/universal_kd.ipynb #c8332c74
 def il_loss(
     student_pseudo: Tensor,  # (batch, student layers, num_labels)
     teacher_pseudo: Tensor,  # (batch, teacher layers, num_labels); receives no gradient
     detach: bool = False,  # as in `attend`
     centre: bool = False,  # as in `attend`
-    mix: Literal[
-        "logits", "losses"
-    ] = "logits",  # attention mixes the teacher's logits, or the losses against each of them
-) -> (
-    Tensor
-):  # nats (squared error for one output): sum over student layers, mean over the batch
-    "Match every student layer to the mix it attends to (our Eq. 3). Raises `ValueError` as `attend` does, and for another `mix`."
+    mix: Literal["logits", "losses"] = "logits",  # what attention mixes
+) -> Tensor:  # nats: sum over student layers, mean over the batch
+    """Match every student layer to the mix it attends to (our Eq. 3).
+
+    With "losses", attention mixes the losses against each of the teacher's layers. A
+    single output has a squared error. Raises `ValueError` as `attend` does, and for
+    another `mix`."""
     if mix not in ("logits", "losses"):
         raise ValueError(f'mix must be "logits" or "losses", got {mix!r}')
     attention, target = attend(student_pseudo, teacher_pseudo, detach, centre)
     if mix == "logits":
         return _match(student_pseudo, target).sum(1).mean()
-    pairs = [t.expand_as(student_pseudo) for t in teacher_pseudo.split(1, 1)]
-    each = torch.stack(
-        [_match(student_pseudo, t) for t in pairs], -1
-    )  # (batch, student layers, teacher layers)
-    return (attention * each).sum((1, 2)).mean()
+    pairs = [layer.expand_as(student_pseudo) for layer in teacher_pseudo.split(1, 1)]
+    # (batch, student layers, teacher layers)
+    losses = torch.stack([_match(student_pseudo, layer) for layer in pairs], -1)
+    return (attention * losses).sum((1, 2)).mean()
 
 # %% ../nbs/universal_kd.ipynb #07ff519e
 def cg_loss(
     student_logits: Tensor,  # (batch, num_labels), the student's own
     teacher_pseudo: Tensor,  # (batch, teacher layers, num_labels); receives no gradient
-    teacher_logits: Tensor
-    | None = None,  # (batch, num_labels): the teacher's own, as one candidate more
+    teacher_logits: Tensor | None = None,  # (batch, num_labels): one candidate more
     detach: bool = False,  # as in `attend`
     centre: bool = False,  # as in `attend`
     mix: Literal["logits", "losses"] = "logits",  # as in `il_loss`
 ) -> Tensor:  # nats (squared error for one output), mean over the batch
-    "The student's own logits attend to the teacher's heads as to assistants. Raises `ValueError` as `il_loss` does."
-    candidates = (
-        teacher_pseudo
-        if teacher_logits is None
-        else torch.cat([teacher_pseudo, teacher_logits[:, None]], 1)
-    )
+    """Match the student's own logits to the mix that they attend to (our Eq. 3).
+
+    Raises `ValueError` as `il_loss` does."""
+    candidates = teacher_pseudo
+    if teacher_logits is not None:
+        candidates = torch.cat([teacher_pseudo, teacher_logits[:, None]], 1)
     return il_loss(student_logits[:, None], candidates, detach, centre, mix)
 
 # %% ../nbs/universal_kd.ipynb #4a0b3a58
 class UniversalKD:
-    """Stage I: soft targets from the teacher's logits, and what its layers say, without labels.
+    """Stage I without labels: the teacher's logits, and what its layers say (Eq. 4).
 
-    Raises `ValueError` for unknown choices and negative weights, and when called with a student that has no heads for "il"."""
+    The settings are intermediate layers ("il"), capacity gap ("cg") and "ca", which is
+    "il" where the student has heads and "cg" where it has none. Raises `ValueError` for
+    unknown choices and negative weights, and when called with a student that has no
+    heads for "il"."""
 
     requires, rows = ("teacher_logits", "teacher_pseudo_logits"), "all"
     made_by = {
@@ -320,9 +313,7 @@ class UniversalKD:
 
     def __init__(
         self,
-        setting: Literal[
-            "il", "cg", "ca"
-        ] = "il",  # intermediate layers; capacity gap; "ca": "il" where the student has heads, else "cg"
+        setting: Literal["il", "cg", "ca"] = "il",  # what attends to the layers
         logit_weight: float = 0.5,  # >= 0: of the divergence from the teacher's logits
         layer_weight: float = 0.5,  # >= 0: of the attention part
         temperature: float = 1.0,  # > 0, of the teacher's and the student's logits
@@ -333,17 +324,30 @@ class UniversalKD:
         _one_of(setting=(setting, "il", "cg", "ca"), mix=(mix, "logits", "losses"))
         if min(logit_weight, layer_weight) < 0:
             raise ValueError(
-                f"weights must be >= 0, got logit_weight={logit_weight}, layer_weight={layer_weight}"
+                f"weights must be >= 0, got logit_weight={logit_weight}, "
+                f"layer_weight={layer_weight}"
             )
         if temperature <= 0:
             raise ValueError(f"temperature must be > 0, got {temperature}")
-        self.setting, self.logit_weight, self.layer_weight, self.temperature = (
-            setting,
-            logit_weight,
-            layer_weight,
-            temperature,
-        )
-        self.detach, self.centre, self.mix = detach, centre, mix
+        self.setting = setting
+        self.logit_weight = logit_weight
+        self.layer_weight = layer_weight
+        self.temperature = temperature
+        self.detach = detach
+        self.centre = centre
+        self.mix = mix
+
+    def settings(self) -> dict[str, Any]:
+        "Its arguments."
+        return {
+            "setting": self.setting,
+            "logit_weight": self.logit_weight,
+            "layer_weight": self.layer_weight,
+            "temperature": self.temperature,
+            "detach": self.detach,
+            "centre": self.centre,
+            "mix": self.mix,
+        }
 
     def check(
         self,
@@ -369,44 +373,40 @@ class UniversalKD:
 def check_classes(
     dataset: "datasets.Dataset",  # with `teacher_logits` and `teacher_pseudo_logits`
 ) -> None:
-    "Raise `ValueError` where the teacher's heads and the teacher have different classes."
-    heads, own = (
-        len(dataset[0]["teacher_pseudo_logits"][0]),
-        len(dataset[0]["teacher_logits"]),
-    )
+    "Raise `ValueError` where the teacher's heads and the teacher differ in classes."
+    first = dataset[0]
+    heads = len(first["teacher_pseudo_logits"][0])
+    own = len(first["teacher_logits"])
     if heads != own:
         raise ValueError(
-            f"teacher_pseudo_logits have {heads} classes, teacher_logits {own}: annotate both with one teacher"
+            f"teacher_pseudo_logits have {heads} classes, teacher_logits {own}: "
+            "annotate both with one teacher"
         )
 
-
+# %% ../nbs/universal_kd.ipynb #d1ce8c24
 def _stage_one(
-    how: UniversalKD, output: Any, teacher_logits: Tensor, teacher_pseudo: Tensor
+    objective: UniversalKD, output: Any, teacher_logits: Tensor, teacher_pseudo: Tensor
 ) -> Loss:
-    "Eq. 4."
-    logits, pseudo, switches = (
-        logits_of(output),
-        getattr(output, "pseudo_logits", None),
-        (how.detach, how.centre, how.mix),
-    )
-    soft = (
-        _match(logits / how.temperature, teacher_logits / how.temperature).mean()
-        * how.temperature**2
-    )
-    if how.layer_weight == 0:
-        return Loss(how.logit_weight * soft, {"soft_loss": soft.detach()})
-    if how.setting == "il" and pseudo is None:
+    "Both parts of stage I, weighted (our Eq. 4)."
+    logits = logits_of(output)
+    pseudo = getattr(output, "pseudo_logits", None)
+    tau = objective.temperature
+    soft = _match(logits / tau, teacher_logits / tau).mean() * tau**2
+    parts = {"soft_loss": soft.detach()}
+    if objective.layer_weight == 0:
+        return Loss(objective.logit_weight * soft, parts)
+    if objective.setting == "il" and pseudo is None:
         raise ValueError(
-            'setting="il" needs heads on the student\'s layers: PseudoClassifiers(student); "cg" needs none'
+            'setting="il" needs heads on the student\'s layers: '
+            'PseudoClassifiers(student); "cg" needs none'
         )
-    if how.setting == "cg" or pseudo is None:
+    switches = (objective.detach, objective.centre, objective.mix)
+    if objective.setting == "cg" or pseudo is None:
         layers = cg_loss(logits, teacher_pseudo, teacher_logits, *switches)
     else:
         layers = il_loss(pseudo, teacher_pseudo, *switches)
-    return Loss(
-        how.logit_weight * soft + how.layer_weight * layers,
-        {"soft_loss": soft.detach(), "layer_loss": layers.detach()},
-    )
+    total = objective.logit_weight * soft + objective.layer_weight * layers
+    return Loss(total, {**parts, "layer_loss": layers.detach()})
 
 # %% ../nbs/universal_kd.ipynb #abe273a1
 def _one_of(**given: tuple) -> None:
@@ -417,38 +417,49 @@ def _one_of(**given: tuple) -> None:
 
 # %% ../nbs/universal_kd.ipynb #6e551fd8
 class HiddenKD:
-    """A baseline in the manner of PKD: hidden vectors, through projections, instead of answers. The student is `PseudoClassifiers` with the
-    teacher's width as `outputs`; the layer of each is chosen by whoever makes both."""
+    """A baseline in the manner of PKD: projected hidden vectors instead of answers.
+
+    The student is `PseudoClassifiers` with the teacher's width as `outputs`; the layer
+    of each is chosen by whoever makes both. Raises `ValueError` when called where
+    projections and teacher differ in shape."""
 
     requires, rows = ("teacher_logits", "teacher_hidden"), "all"
+    made_by = {
+        "teacher_hidden": (
+            "with_column(train, 'teacher_hidden', predict_logits(PseudoClassifiers("
+            "teacher, layers), train, read=lambda out: torch.stack(out.pooled, 1)))"
+        )
+    }
 
     def __init__(
         self,
         logit_weight: float = 0.5,  # >= 0: of the divergence from the teacher's logits
-        hidden_weight: float = 0.5,  # >= 0: of the squared distance of normalised hidden vectors
+        hidden_weight: float = 0.5,  # >= 0: of the distance of normalised vectors
     ):
-        self.logit_weight, self.hidden_weight = logit_weight, hidden_weight
+        self.logit_weight = logit_weight
+        self.hidden_weight = hidden_weight
+
+    def settings(self) -> dict[str, Any]:
+        "Its arguments."
+        return {
+            "logit_weight": self.logit_weight,
+            "hidden_weight": self.hidden_weight,
+        }
 
     def __call__(
         self, student: nn.Module, batch: dict[str, Tensor], progress: Progress
     ) -> Loss:
-        "Both parts, weighted. Raises `ValueError` where projections and teacher differ in shape."
-        output, wanted = (
-            forward(student, batch, read=lambda output: output),
-            batch["teacher_hidden"],
-        )
+        "Both parts, weighted."
+        output = forward(student, batch, read=lambda output: output)
         projected = output.pseudo_logits
+        wanted = batch["teacher_hidden"]
         if projected.shape != wanted.shape:
             raise ValueError(
-                f"projections {tuple(projected.shape)} != teacher_hidden {tuple(wanted.shape)}: (batch, layers, teacher width)"
+                f"projections {tuple(projected.shape)} != teacher_hidden "
+                f"{tuple(wanted.shape)}: (batch, layers, teacher width)"
             )
-        hidden = (
-            (F.normalize(projected, dim=-1) - F.normalize(wanted, dim=-1))
-            .pow(2)
-            .sum(-1)
-            .sum(1)
-            .mean()
-        )
+        gap = F.normalize(projected, dim=-1) - F.normalize(wanted, dim=-1)
+        hidden = gap.pow(2).sum(-1).sum(1).mean()
         soft = _match(output.logits, batch["teacher_logits"]).mean()
         return Loss(
             self.logit_weight * soft + self.hidden_weight * hidden,
@@ -457,13 +468,8 @@ class HiddenKD:
 
 # %% ../nbs/universal_kd.ipynb #5f1e0634
 def recipe(
-    setting: Literal[
-        "il", "cg", "ca"
-    ] = "il",  # as in `UniversalKD`; "il" trains PseudoClassifiers(student)
-    epochs: tuple[int, int] = (
-        14,
-        4,
-    ),  # of stage I (no labels) and of stage II (labels only)
+    setting: Literal["il", "cg", "ca"] = "il",  # as in `UniversalKD`
+    epochs: tuple[int, int] = (14, 4),  # of stage I (no labels), of stage II (labels)
     lr: float = 5e-4,  # > 0, peak rate of both stages
     batch_size: int = 32,  # rows per update
     logit_weight: float = 0.5,  # >= 0: of the divergence from the teacher's logits
@@ -474,20 +480,20 @@ def recipe(
     mix: Literal["logits", "losses"] = "logits",  # as in `il_loss`
     label_validate_every: int = 1,  # epochs between validations in stage II
 ) -> Recipe:  # for `fit`
-    "Our reconstruction of Universal-KD: output-space matching, best weights reloaded, then hard labels. Raises `ValueError` as `UniversalKD` does."
-    first = UniversalKD(
+    """Our reconstruction of Universal-KD: matching in the output space, then labels.
+
+    The best weights of stage I are reloaded. "il" trains `PseudoClassifiers(student)`.
+    Raises `ValueError` as `UniversalKD` does."""
+    objective = UniversalKD(
         setting, logit_weight, layer_weight, temperature, detach, centre, mix
     )
-    return Recipe(
-        (
-            Stage(first, epochs[0], lr, batch_size, name="layers"),
-            Stage(
-                CrossEntropy(),
-                epochs[1],
-                lr,
-                batch_size,
-                validate_every=label_validate_every,
-                name="labels",
-            ),
-        )
+    layers = Stage(objective, epochs[0], lr, batch_size, name="layers")
+    labels = Stage(
+        CrossEntropy(),
+        epochs[1],
+        lr,
+        batch_size,
+        validate_every=label_validate_every,
+        name="labels",
     )
+    return Recipe((layers, labels))

@@ -24,22 +24,29 @@ from PIL import Image
 from tqdm.auto import tqdm
 
 # %% ../nbs/widgets.ipynb #6b90d205
-def _png(fig, dpi, colors):
-    "The figure's whole page as a PNG with a palette, and its size in pixels; the same figure gives the same bytes."
+def _png(
+    fig,  # a matplotlib figure
+    dpi: int,  # pixels per inch
+    colors: int,  # of the palette
+) -> tuple:  # bytes of a PNG, and (width, height) in pixels
+    "The figure's whole page with a palette; the same figure gives the same bytes."
     fig.set_dpi(dpi)
-    canvas, small = FigureCanvasAgg(fig), io.BytesIO()
-    canvas.draw()  # `savefig` would lay the figure out twice, and crop it where the reader's settings say so
-    page = Image.frombytes(
-        "RGBA", canvas.get_width_height(), bytes(canvas.buffer_rgba())
-    )
-    page = Image.alpha_composite(Image.new("RGBA", page.size, "white"), page).convert(
-        "RGB"
-    )
+    # `savefig` would lay the figure out twice, and crop it where the reader's settings
+    # say so
+    canvas = FigureCanvasAgg(fig)
+    canvas.draw()
+    size = canvas.get_width_height()
+    page = Image.frombytes("RGBA", size, bytes(canvas.buffer_rgba()))
+    white = Image.new("RGBA", size, "white")
+    page = Image.alpha_composite(white, page).convert("RGB")
+    small = io.BytesIO()
     page.quantize(colors, dither=Image.Dither.NONE).save(small, "PNG", optimize=True)
-    return small.getvalue(), page.size
+    return small.getvalue(), size
 
 # %% ../nbs/widgets.ipynb #811176a9
-def _label(value):
+def _label(
+    value,  # of a slider
+) -> str:
     "A value as text: at most six significant digits for a number, `str` for the rest."
     try:
         return f"{value:g}"
@@ -47,13 +54,19 @@ def _label(value):
         return str(value)
 
 
-def _drawn(draw, point, where):
-    "The figure that `draw` returns, closed; figures that it left open by mistake are closed too."
+def _drawn(
+    draw: Callable,  # the reader's function
+    point: tuple,  # its arguments
+    named: str,  # the arguments in words, for messages
+) -> Figure:
+    """The figure that `draw` returns, closed, as all that it left open by mistake.
+
+    Raises `TypeError` if that is no figure; errors of `draw` get a note."""
     before = set(plt.get_fignums())
     try:
         fig = draw(*point)
     except Exception as error:
-        error.add_note(f"Raised by the slider's draw function at {where}.")
+        error.add_note(f"Raised by the slider's draw function at {named}.")
         raise
     finally:
         for number in set(plt.get_fignums()) - before:
@@ -61,94 +74,120 @@ def _drawn(draw, point, where):
     if isinstance(fig, Figure):
         return fig
     raise TypeError(
-        f"the draw function returned {type(fig).__name__}, not a matplotlib Figure, at {where}: "
-        "end it with `return fig` (or `return ax.figure`)"
+        f"the draw function returned {type(fig).__name__}, not a matplotlib Figure, "
+        f"at {named}: end it with `return fig` (or `return ax.figure`)"
     )
 
 # %% ../nbs/widgets.ipynb #fceb22ac
+def _alt_text(
+    alt,  # text, a function that makes it of the values, or ""
+    point: tuple,  # the values
+    named: str,  # the values in words
+) -> str:
+    "The text of one frame for those who do not see it."
+    if callable(alt):
+        return str(alt(*point))
+    return f"{alt} ({named})" if alt else f"Picture for {named}"
+
+
 def _film(draw, axes, names, labels, alt, dpi, colors):
-    "All frames as PNG, a text for each, and the size of the page in inches."
+    """All frames as PNG, a text for each, and the size of the page in inches.
+
+    Raises `ValueError` if two pages differ in size."""
     points = list(zip(product(*axes), product(*labels)))
-    frames, alts, first = [], [], None
+    frames = []
+    alts = []
+    first_size = inches = None
     for point, texts in tqdm(points, desc="drawing frames", leave=False, delay=2):
-        where = ", ".join(f"{name} = {text}" for name, text in zip(names, texts))
-        fig = _drawn(draw, point, where)
+        named = ", ".join(f"{name} = {text}" for name, text in zip(names, texts))
+        fig = _drawn(draw, point, named)
         frame, size = _png(fig, dpi, colors)
-        first = first or (size, fig.get_size_inches())
-        if size != first[0]:
+        if first_size is None:
+            first_size = size
+            inches = fig.get_size_inches()
+        if size != first_size:
             raise ValueError(
-                f"the figure at {where} has {size} pixels, the first one {first[0]}: "
+                f"the figure at {named} has {size} pixels, the first one {first_size}: "
                 "give every figure the same figsize"
             )
         frames.append(frame)
-        alts.append(
-            str(alt(*point))
-            if callable(alt)
-            else f"{alt} ({where})"
-            if alt
-            else f"Picture for {where}"
-        )
-    return frames, alts, first[1]
+        alts.append(_alt_text(alt, point, named))
+    return frames, alts, inches
 
 # %% ../nbs/widgets.ipynb #b5dcb4d9
 MOST_FRAMES = 60
 
 
-def _check(axes, names, start):
-    "Complains about values and starts that no slider can show."
-    for name, values, at in zip(names, axes, start):
+def _check(
+    axes: list,  # the values of each slider
+    names: list,  # of the sliders
+    start: list,  # a position on each
+) -> None:
+    "Raises `ValueError` for values and starts that no slider can show."
+    for name, values, position in zip(names, axes, start):
         if not values:
             raise ValueError(
-                f"the slider {name!r} has no values: give a list of at least one, such as [1, 2, 4]"
+                f"the slider {name!r} has no values: "
+                "give a list of at least one, such as [1, 2, 4]"
             )
-        if not 0 <= at < len(values):
+        if not 0 <= position < len(values):
             raise ValueError(
-                f"start = {at} for the slider {name!r} with {len(values)} values: "
-                f"start is a position, 0 to {len(values) - 1}"
+                f"start = {position} for the slider {name!r} with {len(values)} "
+                f"values: start is a position, 0 to {len(values) - 1}"
             )
-    total, sizes = (
-        math.prod(map(len, axes)),
-        " x ".join(str(len(values)) for values in axes),
-    )
+    total = math.prod(map(len, axes))
     if total > MOST_FRAMES:
-        which = " and ".join(map(repr, names))
+        sizes = " x ".join(str(len(values)) for values in axes)
+        sliders = " and ".join(map(repr, names))
         raise ValueError(
-            f"{sizes} = {total} frames for {which}, the limit is {MOST_FRAMES}: "
+            f"{sizes} = {total} frames for {sliders}, the limit is {MOST_FRAMES}: "
             "pass fewer values, such as every second one, values[::2]"
         )
 
 # %% ../nbs/widgets.ipynb #51bfdd8c
-_STYLE = """.kd-explore{box-sizing:border-box;display:inline-block;max-width:100%;margin:.5em 0;padding:.6em .8em;
-border:1px solid #d5d5d5;border-radius:8px;background:#fff;color:#222;font:15px/1.4 system-ui,sans-serif;color-scheme:light}
+_STYLE = """.kd-explore{box-sizing:border-box;display:inline-block;max-width:100%;
+margin:.5em 0;padding:.6em .8em;border:1px solid #d5d5d5;border-radius:8px;
+background:#fff;color:#222;font:15px/1.4 system-ui,sans-serif;color-scheme:light}
 .kd-explore img{display:block;max-width:100%;height:auto;margin:0;background:#fff}
-.kd-explore .kd-row{display:flex;flex-wrap:wrap;align-items:center;gap:.2em .7em;margin:0 0 .3em}
-.kd-explore label{display:flex;flex:1 1 12em;align-items:center;gap:.7em;margin:0;font-weight:inherit}
-.kd-explore input{flex:1 1 4em;min-width:4em;max-width:24em;height:1.8em;margin:0;accent-color:#0072b2}
+.kd-explore .kd-row{display:flex;flex-wrap:wrap;align-items:center;gap:.2em .7em;
+margin:0 0 .3em}
+.kd-explore label{display:flex;flex:1 1 12em;align-items:center;gap:.7em;margin:0;
+font-weight:inherit}
+.kd-explore input{flex:1 1 4em;min-width:4em;max-width:24em;height:1.8em;margin:0;
+accent-color:#0072b2}
 .kd-explore output{min-width:2.5em;color:inherit;font-variant-numeric:tabular-nums}
-.kd-explore button{font:inherit;padding:.1em .7em;color:#222;background:#f1f1f1;border:1px solid #aaa;border-radius:5px}
+.kd-explore button{font:inherit;padding:.1em .7em;color:#222;background:#f1f1f1;
+border:1px solid #aaa;border-radius:5px}
 .kd-explore p{width:0;min-width:100%;margin:.3em 0 0;font-size:13px;color:#555}"""
+
+# %% ../nbs/widgets.ipynb #8c995c84
 _ROW = string.Template("""<div class="kd-row"><label><span>$name</span>
-<input type="range" min="0" max="$last" step="1" value="$start" autocomplete="off" aria-label="$name" aria-valuetext="$text">
+<input type="range" min="0" max="$last" step="1" value="$start" autocomplete="off"
+aria-label="$name" aria-valuetext="$text">
 <output aria-live="off">$text</output></label>$button</div>""")
 _BUTTON = '<button type="button">Play</button>'
 _TWIN = string.Template("""<style>$style</style>
 <div class="kd-explore" data-kd="$uid" role="group" aria-label="$title">
 <img width="$width" height="$height" alt="$alt" src="data:image/png;base64,$frame">
-<p>Still picture at $where. Run this cell, or open the page with scripts allowed, to move it.</p>
+<p>Still picture at $values. Run this cell, or open the page with scripts allowed,
+to move it.</p>
 </div>
 <script>$script</script>""")
 
 # %% ../nbs/widgets.ipynb #0714bd52
 _SCRIPT = string.Template("""(function () {
 const D = $data;
-document.querySelectorAll('[data-kd="$uid"]:not([data-live])').forEach(function (card) {
+const cards = document.querySelectorAll('[data-kd="$uid"]:not([data-live])');
+cards.forEach(function (card) {
   card.setAttribute("data-live", "");
   card.insertAdjacentHTML("afterbegin", D.rows);
   card.querySelector("p").remove();
   const picture = card.querySelector("img"), still = picture.src;
-  const sliders = Array.from(card.querySelectorAll("input")), outputs = card.querySelectorAll("output");
+  const sliders = Array.from(card.querySelectorAll("input"));
+  const outputs = card.querySelectorAll("output");
   card.querySelectorAll("input, button").forEach(function (control) {
-    control.setAttribute("data-lm-suppress-shortcuts", "true"); // or JupyterLab takes the arrow keys
+    // or JupyterLab takes the arrow keys
+    control.setAttribute("data-lm-suppress-shortcuts", "true");
   });
   function show() {
     let k = 0;
@@ -174,44 +213,57 @@ _PLAY = """  const button = card.querySelector("button"), first = sliders[0];
     timer = null;
     button.textContent = "Play";
   }
-  function step() { first.value = +first.value + 1; show(); if (+first.value >= +first.max) stop(); }
+  function step() {
+    first.value = +first.value + 1;
+    show();
+    if (+first.value >= +first.max) stop();
+  }
   button.addEventListener("click", function () {
     if (timer) return stop();
     if (+first.value >= +first.max) { first.value = 0; show(); }
     button.textContent = "Pause";
     timer = setInterval(step, 700);
   });
-  sliders.forEach(function (slider) { slider.addEventListener("input", function () { if (timer) stop(); }); });
+  sliders.forEach(function (slider) {
+    slider.addEventListener("input", function () { if (timer) stop(); });
+  });
   if (matchMedia("(prefers-reduced-motion: reduce)").matches) button.remove();"""
 
 # %% ../nbs/widgets.ipynb #b11194a3
+def _rows(
+    names: list,  # escaped, one per slider
+    labels: list,  # per slider, the text of each value
+    start: list,  # a position on each
+    play: bool,  # True gives the first row a button
+) -> str:  # HTML
+    "The sliders above the picture."
+    rows = []
+    for name, texts, position in zip(names, labels, start):
+        button = _BUTTON if play and not rows else ""
+        text = html.escape(texts[position])
+        last = len(texts) - 1
+        row = dict(name=name, last=last, start=position, text=text, button=button)
+        rows.append(_ROW.substitute(row))
+    return "".join(rows)
+
+# %% ../nbs/widgets.ipynb #1751c7a2
 def _twin(frames, alts, inches, names, labels, start, play):
     "The HTML of a slider: a still picture, and the script that puts sliders above it."
-    places = list(product(*(range(len(said)) for said in labels)))
-    first, code = (
-        places.index(tuple(start)),
-        [base64.b64encode(frame).decode() for frame in frames],
-    )
+    positions = list(product(*(range(len(texts)) for texts in labels)))
+    first = positions.index(tuple(start))
+    code = [base64.b64encode(frame).decode() for frame in frames]
     safe = [html.escape(name) for name in names]
-    now = [html.escape(said[at]) for said, at in zip(labels, start)]
-    buttons = [_BUTTON if play else ""] + [""] * len(names)
-    rows = [
-        _ROW.substitute(
-            name=name, last=len(said) - 1, start=at, text=text, button=button
-        )
-        for name, said, at, text, button in zip(safe, labels, start, now, buttons)
-    ]
+    rows = _rows(safe, labels, start, play)
     others = ["" if k == first else text for k, text in enumerate(code)]
-    data = json.dumps(dict(rows="".join(rows), frames=others, alts=alts, labels=labels))
-    uid = (
-        "kd"
-        + hashlib.sha256((data + code[first] + str(play)).encode()).hexdigest()[:12]
-    )
+    data = json.dumps(dict(rows=rows, frames=others, alts=alts, labels=labels))
+    content = (data + code[first] + str(play)).encode()
+    uid = "kd" + hashlib.sha256(content).hexdigest()[:12]
     script = _SCRIPT.substitute(
         data=data.replace("<", "\\u003c"), uid=uid, play=_PLAY if play else ""
     )
     width, height = (round(96 * side) for side in inches)
-    where = ", ".join(f"{name} = {text}" for name, text in zip(safe, now))
+    texts = [html.escape(texts[position]) for texts, position in zip(labels, start)]
+    values = ", ".join(f"{name} = {text}" for name, text in zip(safe, texts))
     return _TWIN.substitute(
         style=_STYLE,
         uid=uid,
@@ -220,66 +272,59 @@ def _twin(frames, alts, inches, names, labels, start, play):
         height=height,
         alt=html.escape(alts[first]),
         frame=code[first],
-        where=where,
+        values=values,
         script=script,
     )
 
 # %% ../nbs/widgets.ipynb #6d7a3f02
-def _slider(name, said, at):
-    "A live slider over the positions of the texts in `said`."
-    options = [(text, k) for k, text in enumerate(said)]
+def _slider(
+    name: str,  # beside it
+    texts: list,  # one per value
+    position: int,  # at the start
+):
+    "A live slider over the positions of `texts`."
     return W.SelectionSlider(
-        options=options,
-        index=at,
+        options=[(text, k) for k, text in enumerate(texts)],
+        index=position,
         description=name,
         style={"description_width": "initial"},
     )
 
 # %% ../nbs/widgets.ipynb #d8b99a9f
 class _Sliders(W.VBox):
-    "What one slider and two have in common: frames drawn once, shown by live widgets and by their twin."
+    "One slider or two: frames drawn once, shown by live widgets and by their twin."
 
     def __init__(self, draw, axes, names, start, alt, formatter, play, dpi, colors):
-        axes, names, start = (
-            [list(values) for values in axes],
-            [str(name) for name in names],
-            list(start),
-        )
-        _check(axes, names, start)
-        self.names, self.labels = (
-            names,
-            [
-                [str((formatter or _label)(value)) for value in values]
-                for values in axes
-            ],
-        )
+        axes = [list(values) for values in axes]
+        start = list(start)
+        self.names = [str(name) for name in names]
+        _check(axes, self.names, start)
+        text_of = formatter or _label
+        self.labels = [[str(text_of(value)) for value in values] for values in axes]
         self.frames, self.alts, self.inches = _film(
-            draw, axes, names, self.labels, alt, dpi, colors
+            draw, axes, self.names, self.labels, alt, dpi, colors
         )
         self.html = _twin(
-            self.frames, self.alts, self.inches, names, self.labels, start, play
+            self.frames, self.alts, self.inches, self.names, self.labels, start, play
         )
-        self.sliders, self.picture = (
-            [_slider(*parts) for parts in zip(names, self.labels, start)],
-            W.HTML(),
-        )
+        self.sliders = [_slider(*s) for s in zip(self.names, self.labels, start)]
+        self.picture = W.HTML()
         for slider in self.sliders:
             slider.observe(self._show, "index")
         self._show()
-        player = (
-            [W.Play(value=start[0], max=len(axes[0]) - 1, interval=700)] if play else []
-        )
-        for each in player:
-            W.link((each, "value"), (self.sliders[0], "index"))
-        super().__init__(
-            [W.HBox([self.sliders[0], *player]), *self.sliders[1:], self.picture]
-        )
+        first_row = [self.sliders[0]]
+        if play:
+            player = W.Play(value=start[0], max=len(axes[0]) - 1, interval=700)
+            W.link((player, "value"), (self.sliders[0], "index"))
+            first_row.append(player)
+        super().__init__([W.HBox(first_row), *self.sliders[1:], self.picture])
 
     def _show(self, change=None):
         k = 0
-        for slider, said in zip(self.sliders, self.labels):
-            k = k * len(said) + slider.index
-        data, alt = base64.b64encode(self.frames[k]).decode(), html.escape(self.alts[k])
+        for slider, texts in zip(self.sliders, self.labels):
+            k = k * len(texts) + slider.index
+        data = base64.b64encode(self.frames[k]).decode()
+        alt = html.escape(self.alts[k])
         self.picture.value = (
             f'<img alt="{alt}" width="{round(96 * self.inches[0])}" '
             f'style="max-width:100%;height:auto" src="data:image/png;base64,{data}">'
@@ -287,16 +332,16 @@ class _Sliders(W.VBox):
 
     def _repr_mimebundle_(self, **kwargs):
         live = super()._repr_mimebundle_(**kwargs)
-        text = f"{type(self).__name__}: {len(self.frames)} frames over {', '.join(self.names)}"
-        return {
-            **(live[0] if isinstance(live, tuple) else live),
-            "text/plain": text,
-            "text/html": self.html,
-        }
+        live = live[0] if isinstance(live, tuple) else live
+        sliders = ", ".join(self.names)
+        text = f"{type(self).__name__}: {len(self.frames)} frames over {sliders}"
+        return {**live, "text/plain": text, "text/html": self.html}
 
 # %% ../nbs/widgets.ipynb #4af5cd88
 class Explore(_Sliders):
-    "A slider over `values` that shows `draw(value)`, with a kernel or without; every frame is drawn once, at the start."
+    """A slider over `values` that shows `draw(value)`, with a kernel or without.
+
+    Every frame is drawn once, at the start."""
 
     def __init__(
         self,
@@ -304,9 +349,8 @@ class Explore(_Sliders):
         values: Sequence,  # 1 to 60 values
         name: str = "value",  # what the slider is called on the page
         start: int = 0,  # position in `values` of the first picture
-        alt="",  # text for those who do not see the picture, or alt(value) -> that text
-        formatter: Callable
-        | None = None,  # formatter(value) -> text beside the slider; None writes numbers short
+        alt: str | Callable = "",  # the picture in words, or alt(value) -> words
+        formatter: Callable | None = None,  # value -> text; None: at most six digits
         play: bool = False,  # adds a button that runs through the values
         dpi: int = 132,  # pixels per inch of figure; the page shows 96 per inch
         colors: int = 48,  # colours per frame, 2 to 256
@@ -317,24 +361,19 @@ class Explore(_Sliders):
 
 # %% ../nbs/widgets.ipynb #4c703acd
 class Explore2(_Sliders):
-    "Two sliders that show `draw(x, y)`, with a kernel or without; the whole grid of frames is drawn once, at the start."
+    """Two sliders that show `draw(x, y)`, with a kernel or without.
+
+    The whole grid of frames is drawn once, at the start."""
 
     def __init__(
         self,
         draw: Callable,  # draw(x, y) -> matplotlib Figure, of one size for all pairs
         xs: Sequence,  # values of the first slider; at most 60 pairs in all
         ys: Sequence,  # values of the second slider
-        names: Sequence[str] = (
-            "x",
-            "y",
-        ),  # what the two sliders are called on the page
-        start: Sequence[int] = (
-            0,
-            0,
-        ),  # positions in `xs` and `ys` of the first picture
-        alt="",  # text for those who do not see the picture, or alt(x, y) -> that text
-        formatter: Callable
-        | None = None,  # formatter(value) -> text beside either slider; None writes numbers short
+        names: Sequence[str] = ("x", "y"),  # what the page calls the sliders
+        start: Sequence[int] = (0, 0),  # positions in `xs` and `ys`, first picture
+        alt: str | Callable = "",  # the picture in words, or alt(x, y) -> words
+        formatter: Callable | None = None,  # value -> text; None: at most six digits
         play: bool = False,  # adds a button that runs through `xs`
         dpi: int = 132,  # pixels per inch of figure; the page shows 96 per inch
         colors: int = 48,  # colours per frame, 2 to 256

@@ -10,7 +10,6 @@ __all__ = ['GRAMMAR', 'pieces_of', 'word_places', 'delete_words', 'swap_words', 
 # %% ../nbs/words.ipynb #21bd5ada
 import random
 import re
-import warnings
 import zlib
 from functools import lru_cache
 from typing import Any, Callable, Iterable
@@ -19,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .files import fingerprint, need, save_tensors
+from .files import cache_dir, fingerprint, need, optional_write, save_tensors
 from .losses import label_loss
 from kdbook.models import (
     check_whole,
@@ -55,13 +54,12 @@ def _check_share(share: float) -> None:
         raise ValueError(f"share must be above 0 and at most 1, got {share}")
 
 
-def _some(places: list[int], share: float, rng: random.Random) -> list[int]:
+def _sample_places(places: list[int], share: float, rng: random.Random) -> list[int]:
     "About `share` of the places, in order; none from fewer than two."
     if len(places) < 2:
         return []
-    return sorted(
-        rng.sample(places, min(len(places) - 1, max(1, round(share * len(places)))))
-    )
+    count = min(len(places) - 1, max(1, round(share * len(places))))
+    return sorted(rng.sample(places, count))
 
 # %% ../nbs/words.ipynb #5a88061e
 def delete_words(
@@ -74,7 +72,7 @@ def delete_words(
 
     def one(text):
         pieces = pieces_of(text)
-        for i in _some(word_places(pieces), share, rng):
+        for i in _sample_places(word_places(pieces), share, rng):
             pieces[i] = ""
         return re.sub(r"\s+", " ", "".join(pieces)).strip()
 
@@ -86,14 +84,17 @@ def swap_words(
     rng: random.Random,  # picks the words
     share: float = 0.15,  # of the words of each text, at least two
 ) -> list[str]:  # as many sentences
-    "Each text with some of its words in each other's places (EDA's random swap, Wei and Zou 2019)."
+    """Each text with some of its words in each other's places.
+
+    This is EDA's random swap (Wei and Zou 2019)."""
     _check_share(share)
 
     def one(text):
         pieces = pieces_of(text)
         places = word_places(pieces)
-        some = rng.sample(places, min(len(places), max(2, round(share * len(places)))))
-        for i, j in zip(some[::2], some[1::2]):
+        count = min(len(places), max(2, round(share * len(places))))
+        drawn = rng.sample(places, count)
+        for i, j in zip(drawn[::2], drawn[1::2]):
             pieces[i], pieces[j] = pieces[j], pieces[i]
         return "".join(pieces)
 
@@ -101,63 +102,65 @@ def swap_words(
 
 # %% ../nbs/words.ipynb #64a53de1
 class NearestWords:
-    "The whole words of a vocabulary, each with its nearest neighbours by the cosine of embeddings."
+    "The whole words of a vocabulary, each with its nearest neighbours by cosine."
 
     def __init__(
         self,
-        model: nn.Module
-        | None = None,  # a model with a `.tokenizer` whose words to take; None: MiniLM as downloaded
+        model: nn.Module | None = None,  # with a `.tokenizer`; None: MiniLM as it came
         least: float = 0.35,  # smallest cosine that counts as near
     ):
         if not -1 <= least <= 1:
             raise ValueError(f"least must be a cosine in [-1, 1], got {least}")
-        words, tokenizer = teacher_vocabulary(model)
-        keep = [
-            (w, i)
-            for w, i in tokenizer.get_vocab().items()
-            if len(w) > 2 and w.isascii() and w.isalpha() and w.islower()
-        ]
-        self.words, rows = [w for w, _ in keep], [i for _, i in keep]
-        self.place, self.least = {w: n for n, w in enumerate(self.words)}, least
-        self.table, self._found = F.normalize(words[rows].float(), dim=-1), {}
+        embeddings, tokenizer = teacher_vocabulary(model)
+        whole = lambda w: len(w) > 2 and w.isascii() and w.isalpha() and w.islower()
+        kept = [(w, i) for w, i in tokenizer.get_vocab().items() if whole(w)]
+        self.words = [w for w, _ in kept]
+        self.place = {w: n for n, w in enumerate(self.words)}
+        self.least = least
+        self.table = F.normalize(embeddings[[i for _, i in kept]].float(), dim=-1)
+        self._cache: dict[str, list[tuple[str, float]]] = {}
 
     def __call__(
         self,
         word: str,  # in any case
-        k: int = 10,  # how many at most
-    ) -> list[
-        tuple[str, float]
-    ]:  # word and cosine, nearest first; empty for a word outside the vocabulary
-        "The neighbours of `word` that are near enough, itself left out."
+        k: int = 10,  # how many at most, up to 50
+    ) -> list[tuple[str, float]]:  # word and cosine, nearest first
+        """The neighbours of `word` that are near enough, itself left out.
+
+        A word outside the vocabulary has none."""
         word = word.lower()
         if word not in self.place:
             return []
-        if word not in self._found:
-            near = (self.table @ self.table[self.place[word]]).topk(
-                min(51, len(self.words))
-            )
-            self._found[word] = [
-                (self.words[j], c)
-                for c, j in zip(near.values.tolist(), near.indices.tolist())
-                if self.words[j] != word
-            ]
-        return [(w, c) for w, c in self._found[word][:k] if c >= self.least]
+        if word not in self._cache:
+            self._cache[word] = self._nearest(word)
+        return [(w, c) for w, c in self._cache[word][:k] if c >= self.least]
+
+    def _nearest(self, word: str) -> list[tuple[str, float]]:
+        cosines = self.table @ self.table[self.place[word]]
+        top = cosines.topk(min(51, len(self.words)))
+        pairs = zip(top.indices.tolist(), top.values.tolist())
+        return [(self.words[i], c) for i, c in pairs if self.words[i] != word]
 
 # %% ../nbs/words.ipynb #03218b2e
 _ENDINGS = ("ing", "ed", "ly", "est", "er", "ness", "ion", "ions", "s")
 
 
 def _ending(word: str) -> str:
-    return next(
-        (e for e in _ENDINGS if word.endswith(e) and len(word) > len(e) + 2), ""
-    )
+    long_enough = (e for e in _ENDINGS if len(word) > len(e) + 2)
+    return next((e for e in long_enough if word.endswith(e)), "")
 
 
 GRAMMAR = frozenset(
-    """a an the this that these those and or but nor so if then than as because while although though of in on at by to from with without into
-over under about after before between through during is are was were be been being am do does did has have had having will would can could shall should may might must
-not no never none neither nothing nobody hardly it its he him his she her hers they them their theirs we us our you your yours i me my mine who whom whose which what
-when where why how there here all any both each every few many more most other some such only own same too very just also even ever once again""".split()
+    """
+    a an the this that these those and or but nor so if then than as because while
+    although though of in on at by to from with without into over under about after
+    before between through during is are was were be been being am do does did has
+    have had having will would can could shall should may might must not no never
+    none neither nothing nobody hardly it its he him his she her hers they them
+    their theirs we us our you your yours i me my mine who whom whose which what
+    when where why how there here all any both each every few many more most other
+    some such only own same too very just also even ever once again
+    """.split()
 )
 
 
@@ -165,7 +168,10 @@ def same_kind(
     word: str,  # in the text
     other: str,  # its replacement
 ) -> bool:
-    "Whether two words have the same ending, neither is a form of the other, and neither is a word of GRAMMAR: a stand-in for the same part of speech."
+    """Whether one word may be the same part of speech as the other, by shape alone.
+
+    Both have the same ending, neither is a form of the other, and neither is a word of
+    GRAMMAR."""
     word, other = word.lower(), other.lower()
     if word in GRAMMAR or other in GRAMMAR:
         return False
@@ -174,60 +180,59 @@ def same_kind(
 
 # %% ../nbs/words.ipynb #b938fe33
 class Leaning:
-    "How words lean towards classes, counted in labelled sentences; called, it says whether a replacement may keep the label."
+    """How words lean towards classes, counted in labelled sentences.
+
+    Called with two words, it says whether the second may stand in for the first."""
 
     def __init__(
         self,
         texts: Iterable[str],  # labelled sentences
-        labels: Iterable[
-            int
-        ],  # 0 .. classes - 1, one per sentence; -100 marks a sentence without a label
+        labels: Iterable[int],  # 0 .. classes - 1, one a sentence; -100: no label
         prior: float = 4.0,  # sentences added to each count; keeps rare words near zero
-        most: float = 0.7,  # largest change of leaning, in nats, that a replacement may make
+        most: float = 0.7,  # nats: largest change of leaning that is allowed
     ):
-        said = [
-            (text, int(label)) for text, label in zip(texts, labels) if label != -100
-        ]
-        if not said:
+        pairs = [(x, int(label)) for x, label in zip(texts, labels) if label != -100]
+        if not pairs:
             raise ValueError("no labelled sentences to count words in")
-        self.classes, self.most = max(label for _, label in said) + 1, most
-        counts, totals = {}, torch.zeros(self.classes)
-        for text, label in said:
+        self.classes = max(label for _, label in pairs) + 1
+        self.most = most
+        self.unseen = torch.zeros(self.classes)
+        counts: dict[str, Tensor] = {}
+        totals = torch.zeros(self.classes)
+        for text, label in pairs:
             totals[label] += 1
-            for word in {p.lower() for p in pieces_of(text)}:
+            for word in {piece.lower() for piece in pieces_of(text)}:
                 counts.setdefault(word, torch.zeros(self.classes))[label] += 1
-        weight = prior * (totals / totals[totals > 0].mean()).clamp(
-            min=0.1
-        )  # in proportion, or rare words would lean to the smaller class
-        shares = {
-            word: torch.log((n + weight) / (totals + 2 * weight))
-            for word, n in counts.items()
-        }
-        self.by_word, self.unseen = (
-            {word: s - s.mean() for word, s in shares.items()},
-            torch.zeros(self.classes),
-        )
+        # in proportion, or rare words would lean to the smaller class
+        weight = prior * (totals / totals[totals > 0].mean()).clamp(min=0.1)
+        self.by_word = {}
+        for word, count in counts.items():
+            shares = torch.log((count + weight) / (totals + 2 * weight))
+            self.by_word[word] = shares - shares.mean()
 
     def __repr__(self) -> str:
-        return f"Leaning(classes={self.classes}, most={self.most}, words={zlib.crc32(str([(w, s.tolist()) for w, s in sorted(self.by_word.items())]).encode()):08x})"
+        values = str([(w, lean.tolist()) for w, lean in sorted(self.by_word.items())])
+        words = f"{zlib.crc32(values.encode()):08x}"
+        return f"Leaning(classes={self.classes}, most={self.most}, words={words})"
 
     def of(self, word: str) -> Tensor:  # (classes,), sums to 0
         "The leaning of a word towards each class, in nats."
         return self.by_word.get(word.lower(), self.unseen)
 
     def __call__(self, word: str, other: str) -> bool:
-        "True where both are of the same kind and no class gains or loses more than half of `most` by the change."
-        return (
-            same_kind(word, other)
-            and (self.of(word) - self.of(other)).abs().max().item() <= self.most / 2
-        )
+        """Whether `other` may stand in for `word`.
+
+        Both are of the same kind, and no class gains or loses more than half of
+        `most`."""
+        change = (self.of(word) - self.of(other)).abs().max().item()
+        return same_kind(word, other) and change <= self.most / 2
 
 # %% ../nbs/words.ipynb #0455cbc1
 def like_case(
     word: str,  # in the text
     other: str,  # lower case
 ) -> str:  # `other`, written as `word` is
-    "Capitals where the replaced word has them."
+    "`other` with capitals where the replaced word has them."
     if word.isupper() and len(word) > 1:
         return other.upper()
     return other.capitalize() if word[0].isupper() else other
@@ -244,24 +249,21 @@ def replace_words(
     rng: random.Random,  # picks words and neighbours
     share: float = 0.15,  # of the words that have a neighbour, at least one
     k: int = 10,  # nearest neighbours to draw from
-    allow: Callable[
-        [str, str], bool
-    ] = same_kind,  # (word, other) -> whether it may stand in; a `Leaning` is one
+    allow: Callable[[str, str], bool] = same_kind,  # (word, other); a `Leaning` is one
 ) -> list[str]:  # as many sentences
     "Each text with some words replaced by neighbours in embedding space."
     _check_share(share)
-    near = nearest_words()
+    neighbours = nearest_words()
+
+    def allowed(word):
+        return [w for w, _ in neighbours(word, k) if allow(word, w)]
 
     def one(text):
         pieces = pieces_of(text)
-        choices = {
-            i: [w for w, _ in near(pieces[i], k) if allow(pieces[i], w)]
-            for i in word_places(pieces)
-        }
-        places = [i for i, found in choices.items() if found]
-        for i in rng.sample(
-            places, min(len(places), max(1, round(share * len(places))))
-        ):
+        choices = {i: allowed(pieces[i]) for i in word_places(pieces)}
+        places = [i for i, words in choices.items() if words]
+        count = min(len(places), max(1, round(share * len(places))))
+        for i in rng.sample(places, count):
             pieces[i] = like_case(pieces[i], rng.choice(choices[i]))
         return "".join(pieces)
 
@@ -269,22 +271,25 @@ def replace_words(
 
 # %% ../nbs/words.ipynb #66a0a4c5
 class SentenceVectors(nn.Module):
-    "MiniLM as it came, giving a vector of length one for each sentence; every place that takes a classifier takes it."
+    """MiniLM as it came, giving a vector of length one for each sentence.
 
-    def __init__(self, name: str = "minilm"):
+    Every place that takes a classifier takes it."""
+
+    def __init__(
+        self,
+        name: str = "minilm",  # as `models.teacher` takes it
+    ):
         super().__init__()
         model = teacher(name)
-        self.encoder, self.tokenizer = model.base_model, model.tokenizer
+        self.encoder = model.base_model
+        self.tokenizer = model.tokenizer
 
     def forward(
         self, input_ids: Tensor, attention_mask: Tensor
     ) -> Tensor:  # (batch, hidden_size)
         "The mean over real tokens, scaled to length one."
-        states = (
-            self.encoder(input_ids, attention_mask).last_hidden_state
-            * attention_mask[..., None]
-        )
-        return F.normalize(states.sum(1), dim=-1)
+        states = self.encoder(input_ids, attention_mask).last_hidden_state
+        return F.normalize((states * attention_mask[..., None]).sum(1), dim=-1)
 
 # %% ../nbs/words.ipynb #d9abe43d
 @lru_cache(1)
@@ -299,9 +304,8 @@ def sentence_vectors(
     "A vector for each sentence; dot products are similarities in [-1, 1]."
     from datasets import Dataset
 
-    return predict_logits(
-        _vectors_model(), Dataset.from_dict({"text": list(texts)}), progress=progress
-    )
+    rows = Dataset.from_dict({"text": list(texts)})
+    return predict_logits(_vectors_model(), rows, progress=progress)
 
 # %% ../nbs/words.ipynb #c193027c
 def mask_tokens(
@@ -310,93 +314,88 @@ def mask_tokens(
     tokenizer: Any,  # says which tokens are special, and which is the mask
     rate: float = 0.3,  # in [0, 1]: probability that a token is covered
 ) -> tuple[Tensor, Tensor]:  # ids with holes; where they are, bool (batch, seq_len)
-    "Cover ordinary tokens at random, drawing from PyTorch's generator. Raises `ValueError` for a rate outside [0, 1]."
+    """The ids with ordinary tokens covered at random, and the places that are.
+
+    It draws from PyTorch's generator. Raises `ValueError` for a rate outside [0, 1]."""
     if not 0 <= rate <= 1:
         raise ValueError(f"rate must be in [0, 1], got {rate}")
+    device = input_ids.device
     special = torch.isin(
-        input_ids, torch.tensor(tokenizer.all_special_ids, device=input_ids.device)
+        input_ids, torch.tensor(tokenizer.all_special_ids, device=device)
     )
-    where = (
-        (torch.rand(input_ids.shape, device=input_ids.device) < rate)
-        & (attention_mask == 1)
-        & ~special
-    )
+    drawn = torch.rand(input_ids.shape, device=device) < rate
+    where = drawn & (attention_mask == 1) & ~special
     return input_ids.masked_fill(where, tokenizer.mask_token_id), where
 
 # %% ../nbs/words.ipynb #c783997b
 class MaskedGenerator(nn.Module):
-    "A masked language model that scores words at the holes alone; the word embeddings, its output layer, are frozen."
+    """A masked language model that scores words at the holes alone.
+
+    The word embeddings, its output layer, are frozen."""
 
     def __init__(
         self,
         model: nn.Module,  # a Hugging Face masked language model
         tokenizer: Any,  # its tokenizer
-        vocabulary: Tensor
-        | None = None,  # numbers of the words it may write, ascending; None: all
+        vocabulary: Tensor | None = None,  # words it may write, ascending; None: all
     ):
         super().__init__()
         table = model.get_input_embeddings().weight.requires_grad_(False)
-        self.model, self.tokenizer = model, tokenizer
-        self.register_buffer(
-            "vocabulary", torch.arange(len(table)) if vocabulary is None else vocabulary
-        )
+        self.model = model
+        self.tokenizer = tokenizer
+        if vocabulary is None:
+            vocabulary = torch.arange(len(table))
+        self.register_buffer("vocabulary", vocabulary)
 
     def forward(
         self, input_ids: Tensor, attention_mask: Tensor, where: Tensor
     ) -> Tensor:  # (holes, len(vocabulary))
         "Logits at the places where `where` is true, row by row."
-        out, head = (
-            self.model.get_output_embeddings(),
-            getattr(getattr(self.model, "cls", None), "predictions", None),
-        )
+        inputs = dict(input_ids=input_ids, attention_mask=attention_mask)
+        head = getattr(getattr(self.model, "cls", None), "predictions", None)
         if head is None:
-            return self.model(
-                input_ids=input_ids, attention_mask=attention_mask
-            ).logits[where][:, self.vocabulary]
-        hidden = self.model.base_model(
-            input_ids=input_ids, attention_mask=attention_mask
-        ).last_hidden_state[where]
-        some = (
-            slice(None) if len(self.vocabulary) == len(out.weight) else self.vocabulary
-        )
-        return F.linear(head.transform(hidden), out.weight[some], out.bias[some])
+            return self.model(**inputs).logits[where][:, self.vocabulary]
+        hidden = self.model.base_model(**inputs).last_hidden_state[where]
+        out = self.model.get_output_embeddings()
+        whole = len(self.vocabulary) == len(out.weight)
+        written = slice(None) if whole else self.vocabulary
+        return F.linear(head.transform(hidden), out.weight[written], out.bias[written])
 
     def targets(
         self,
         words: Tensor,  # word numbers
-    ) -> Tensor:  # same shape: where each stands in the vocabulary; -100 for a word that is not in it
+    ) -> Tensor:  # same shape: places in the vocabulary; -100 for a word outside it
         "The targets that belong to `forward`'s logits."
-        at = torch.searchsorted(self.vocabulary, words).clamp(
-            max=len(self.vocabulary) - 1
-        )
+        last = len(self.vocabulary) - 1
+        at = torch.searchsorted(self.vocabulary, words).clamp(max=last)
         return at.masked_fill(self.vocabulary[at] != words, -100)
 
 # %% ../nbs/words.ipynb #1bfbf254
 def masked_generator(
-    name: str = "minilm",  # "minilm" (needs no Hub, and a warm-up), or a BERT-like masked language model of the Hub
+    name: str = "minilm",  # or a BERT-like masked language model of the Hub
     layers: int = 2,  # first layers of MiniLM that are kept, 1 to 6
     seed: int = 0,  # of MiniLM's new output layer
 ) -> MaskedGenerator:  # evaluation mode
-    "A generator over the teacher's vocabulary. MiniLM's comes unable to guess: see `warm_up`."
+    """A generator over the teacher's vocabulary.
+
+    MiniLM's needs no Hub, but comes unable to guess: see `warm_up`."""
     hf = need("transformers")
     if name != "minilm":
-        return MaskedGenerator(
-            from_hub(hf.AutoModelForMaskedLM.from_pretrained, name),
-            load_tokenizer(name),
-        ).eval()
+        model = from_hub(hf.AutoModelForMaskedLM.from_pretrained, name)
+        return MaskedGenerator(model, load_tokenizer(name)).eval()
     backbone = teacher("minilm")
     check_whole(layers=layers)
-    if layers > backbone.config.num_hidden_layers:
+    whole = backbone.config.num_hidden_layers
+    if layers > whole:
         raise ValueError(
-            f"MiniLM has {backbone.config.num_hidden_layers} layers, so layers={layers} cannot be kept"
+            f"MiniLM has {whole} layers, so layers={layers} cannot be kept"
         )
     backbone.config.num_hidden_layers = layers
     with seeded(seed):
         model = hf.BertForMaskedLM(backbone.config)
-    model.bert.load_state_dict(
-        {k: v for k, v in backbone.bert.state_dict().items() if "pooler" not in k},
-        strict=False,
-    )
+    weights = backbone.bert.state_dict()
+    kept = {name: w for name, w in weights.items() if "pooler" not in name}
+    model.bert.load_state_dict(kept, strict=False)
     return MaskedGenerator(model, backbone.tokenizer).eval()
 
 # %% ../nbs/words.ipynb #a4d2067a
@@ -411,24 +410,22 @@ class MaskedLM:
     ):
         self.rate = rate
 
+    def settings(self) -> dict[str, Any]:
+        "Its argument."
+        return {"rate": self.rate}
+
     def __call__(
         self, student: nn.Module, batch: dict[str, Tensor], progress: Progress
     ) -> Loss:
         "Cross-entropy at the holes, in nats."
         bare = getattr(student, "module", student)
-        covered, where = mask_tokens(
-            batch["input_ids"], batch["attention_mask"], bare.tokenizer, self.rate
-        )
+        ids, mask = batch["input_ids"], batch["attention_mask"]
+        covered, where = mask_tokens(ids, mask, bare.tokenizer, self.rate)
         if not where.any():
-            where[:, 0] = (
-                True  # a batch needs a hole; its first token is special and soon forgotten
-            )
-        return Loss(
-            label_loss(
-                student(covered, batch["attention_mask"], where),
-                bare.targets(batch["input_ids"][where]),
-            )
-        )
+            # a batch needs a hole; its first token is special and soon forgotten
+            where[:, 0] = True
+        logits = student(covered, mask, where)
+        return Loss(label_loss(logits, bare.targets(ids[where])))
 
 # %% ../nbs/words.ipynb #df2e0643
 def warm_up(
@@ -436,60 +433,44 @@ def warm_up(
     dataset: "datasets.Dataset",  # rows with `text`; labels are not read
     epochs: int = 1,  # passes over them
     lr: float = 5e-4,  # peak rate
-    least: int = 2,  # it will write words that stand in the sentences at least so often; 0: any
+    least: int = 2,  # it writes words that stand there at least so often; 0: any
     seed: int = 0,  # of order, holes and dropout
     progress: bool = True,  # a bar
-) -> (
-    MaskedGenerator
-):  # a trained copy, read from the user's cache when it was made before
-    "The generator after a short training on sentences like those it is to fill."
-    from safetensors import SafetensorError
+) -> MaskedGenerator:  # a trained copy, in evaluation mode
+    """The generator after a short training on sentences like those it is to fill.
+
+    It is read from the user's cache where it was made before."""
     from safetensors.torch import load_file
 
-    from kdbook.files import cache_dir
-
-    rows, recipe = (
-        encode(dataset.select_columns(["text"]), generator),
-        Recipe((Stage(MaskedLM(), epochs, lr, 32, name="warm-up"),)),
-    )
+    rows = encode(dataset.select_columns(["text"]), generator)
+    recipe = Recipe((Stage(MaskedLM(), epochs, lr, 32, name="warm-up"),))
     warm = _for_text(copied(generator), rows["input_ids"], least)
-    path = (
-        cache_dir()
-        / "generator"
-        / f"{fingerprint(warm, Rows(rows), 32)}-{epochs}-{lr:g}-{seed}.safetensors"
-    )
+    key = f"{fingerprint(warm, Rows(rows), 32)}-{epochs}-{lr:g}-{seed}"
+    path = cache_dir() / "generator" / f"{key}.safetensors"
     if path.exists():
         warm.load_state_dict(load_file(path), strict=False)
         return warm.eval()
     trained = fit(warm, recipe, rows, seed=seed, progress=progress).student.eval()
-    try:
-        save_tensors(
-            {
-                name: p.detach().contiguous()
-                for name, p in trained.named_parameters()
-                if p.requires_grad
-            },
-            path,
-        )
-    except (OSError, SafetensorError) as e:
-        warnings.warn(
-            f"{path} cannot be written, so nothing is kept for next time: {e}"
-        )
+    weights = {k: p for k, p in trained.named_parameters() if p.requires_grad}
+    with optional_write(path):
+        save_tensors({k: p.detach().contiguous() for k, p in weights.items()}, path)
     return trained
 
 # %% ../nbs/words.ipynb #e2421712
 def _for_text(
     generator: MaskedGenerator, rows: list[list[int]], least: int
 ) -> MaskedGenerator:
-    "The words of a text become the vocabulary; a new output layer starts from how frequent they are."
+    """The generator with the words of a text as its vocabulary.
+
+    A new output layer starts from how frequent they are."""
     bias = generator.model.get_output_embeddings().bias
-    counts = torch.bincount(
-        torch.tensor([i for row in rows for i in row[1:-1]]), minlength=len(bias)
-    )
+    tokens = torch.tensor([i for row in rows for i in row[1:-1]])
+    counts = torch.bincount(tokens, minlength=len(bias))
     generator.vocabulary = (counts >= least).nonzero().flatten().to(bias.device)
     if len(generator.vocabulary) < 100:
         raise ValueError(
-            f"only {len(generator.vocabulary)} words stand {least} times in these sentences: give more of them, or least=0"
+            f"only {len(generator.vocabulary)} words stand {least} times in these "
+            "sentences: give more of them, or least=0"
         )
     if not bias.any():
         bias.data.copy_(((counts + 1) / (counts + 1).sum()).log())
@@ -503,49 +484,50 @@ def fill_words(
     share: float = 0.15,  # of the words of each text, at least one
     k: int = 10,  # likeliest words to draw from
 ) -> list[str]:  # as many sentences
-    "Each text with some words covered and written anew by a masked language model. Raises `ValueError` without a generator."
+    """Each text with some words covered and written anew by a masked language model.
+
+    Raises `ValueError` without a generator."""
     _check_share(share)
     if generator is None:
         raise ValueError(
-            "fill_words needs generator=: warm_up(masked_generator(), dataset), or a masked language model of the Hub"
+            "fill_words needs generator=: warm_up(masked_generator(), dataset), "
+            "or a masked language model of the Hub"
         )
-    tokenizer, split = generator.tokenizer, [pieces_of(text) for text in texts]
-    places = [_some(word_places(pieces), share, rng) for pieces in split]
+    split = [pieces_of(text) for text in texts]
+    places = [_sample_places(word_places(pieces), share, rng) for pieces in split]
     holes = [
-        "".join(
-            tokenizer.mask_token if i in at else piece for i, piece in enumerate(pieces)
-        )
+        _with_holes(pieces, at, generator.tokenizer.mask_token)
         for pieces, at in zip(split, places)
     ]
-    found = iter(_fillings(generator, holes, k))
-    for pieces, at in zip(split, places):
-        for i, words in zip(at, next(found)):
-            new = [
-                word for word in words if word.isalpha() and word != pieces[i].lower()
-            ][:k]
+    for pieces, at, fillings in zip(split, places, _fillings(generator, holes, k)):
+        for i, words in zip(at, fillings):
+            old = pieces[i].lower()
+            new = [word for word in words if word.isalpha() and word != old][:k]
             if new:
                 pieces[i] = like_case(pieces[i], rng.choice(new))
     return ["".join(pieces) for pieces in split]
+
+
+def _with_holes(pieces: list[str], places: list[int], mask: str) -> str:
+    return "".join(mask if i in places else piece for i, piece in enumerate(pieces))
 
 # %% ../nbs/words.ipynb #3615c8d1
 @lru_cache(4)
 def _not_words(
     tokenizer: Any,
 ) -> Tensor:  # (vocab_size,), True for what is no whole word
-    vocab = tokenizer.get_vocab()
-    return torch.tensor(
-        [
-            not word.isalpha()
-            for word, _ in sorted(vocab.items(), key=lambda item: item[1])
-        ]
-    )
+    ordered = sorted(tokenizer.get_vocab().items(), key=lambda item: item[1])
+    return torch.tensor([not word.isalpha() for word, _ in ordered])
 
 
 @torch.no_grad()
 def _fillings(
     generator: MaskedGenerator, texts: list[str], k: int
 ) -> list[list[list[str]]]:  # per text and hole, the likeliest words
-    out, tokenizer = [], generator.tokenizer
+    device = next(generator.parameters()).device
+    tokenizer, vocabulary = generator.tokenizer, generator.vocabulary
+    barred = _not_words(tokenizer).to(device)[vocabulary]
+    out = []
     for start in range(0, len(texts), 64):
         batch = tokenizer(
             texts[start : start + 64],
@@ -553,19 +535,13 @@ def _fillings(
             truncation=True,
             max_length=64,
             return_tensors="pt",
-        ).to(next(generator.parameters()).device)
+        ).to(device)
         where = batch.input_ids == tokenizer.mask_token_id
         logits = generator(batch.input_ids, batch.attention_mask, where)
-        logits = logits.masked_fill(
-            _not_words(tokenizer).to(logits.device)[generator.vocabulary], -torch.inf
+        logits = logits.masked_fill(barred, -torch.inf)
+        top = logits.topk(min(k + 1, logits.shape[-1])).indices
+        words = iter(
+            tokenizer.convert_ids_to_tokens(w) for w in vocabulary[top].tolist()
         )
-        likely = iter(
-            generator.vocabulary[
-                logits.topk(min(k + 1, logits.shape[-1])).indices
-            ].tolist()
-        )
-        out += [
-            [tokenizer.convert_ids_to_tokens(next(likely)) for _ in range(holes)]
-            for holes in where.sum(1).tolist()
-        ]
+        out += [[next(words) for _ in range(n)] for n in where.sum(1).tolist()]
     return out

@@ -39,11 +39,12 @@ def logits(rows=6, classes=4, seed=0, scale=3.0, dtype=torch.float64):
 
 
 def images(rows=48, seed=0):
-    "Pixels with labels and the logits of a linear teacher that gets some of them wrong."
+    "Pixels, labels, and the logits of a linear teacher that gets some labels wrong."
     from datasets import Dataset
 
     g = torch.Generator().manual_seed(seed)
-    x, teacher = torch.rand(rows, 16, generator=g), torch.randn(16, 4, generator=g)
+    x = torch.rand(rows, 16, generator=g)
+    teacher = torch.randn(16, 4, generator=g)
     scores = (x - 0.5) @ teacher
     labels = (scores + 0.5 * torch.randn(rows, 4, generator=g)).argmax(-1)
     return Dataset.from_dict(
@@ -60,14 +61,12 @@ def changed(data, name, values):
 
 
 def train(what, data, validation=None, **settings):
-    return fit(
-        image_net(hidden=8, num_labels=4, pixels=16),
-        what,
-        data,
-        validation,
-        progress=False,
-        **settings,
-    )
+    net = image_net(hidden=8, num_labels=4, pixels=16)
+    return fit(net, what, data, validation, progress=False, **settings)
+
+
+def one_stage(objective, epochs):
+    return Recipe((Stage(objective, epochs, 5e-3, 16),))
 
 
 def same(a, b):
@@ -79,23 +78,26 @@ class Snapshots(Callback):
     "Keeps the weights at the end of each stage."
 
     def __init__(self):
-        self._stages = []
+        self.stages = []
+
+    def settings(self):
+        return {}
 
     def after_stage(self, run, progress):
-        self._stages.append({k: v.clone() for k, v in run.student.state_dict().items()})
+        self.stages.append({k: v.clone() for k, v in run.student.state_dict().items()})
 
 
 def with_snapshots(what):
-    watch = Snapshots()
-    return Recipe(what.stages, (watch,), what.keep), watch._stages
+    snapshots = Snapshots()
+    return Recipe(what.stages, (snapshots,), what.keep), snapshots.stages
 
 
 # the schedule
 
 
 def test_fourteen_epochs_at_tau_max_seven():
-    found = [phi(t, 7) for t in temperature_schedule(14, 7)]
-    assert found == pytest.approx([k / 7 for k in range(1, 8) for _ in range(2)])
+    scales = [phi(t, 7) for t in temperature_schedule(14, 7)]
+    assert scales == pytest.approx([k / 7 for k in range(1, 8) for _ in range(2)])
 
 
 def test_ten_epochs_at_tau_max_seven_stay_at_one_after_the_last_step():
@@ -110,30 +112,22 @@ def test_schedule_for_any_epochs_and_tau_max(pair):
     epochs, tau_max = pair
     temperatures = temperature_schedule(epochs, tau_max)
     scales = [phi(t, tau_max) for t in temperatures]
-    assert len(temperatures) == epochs and set(temperatures) == set(
-        range(1, tau_max + 1)
-    )
+    assert len(temperatures) == epochs
+    assert set(temperatures) == set(range(1, tau_max + 1))
     assert all(0 < s <= 1 for s in scales) and scales == sorted(scales)
     assert scales[0] == pytest.approx(1 / tau_max) and scales[-1] == 1.0
-    each = [temperatures.count(t) for t in range(tau_max, 0, -1)]
-    assert set(each[:-1]) <= {epochs // tau_max} and each[-1] == epochs - (
-        tau_max - 1
-    ) * (epochs // tau_max)
-    if epochs % tau_max == 0:
-        assert each == [epochs // tau_max] * tau_max
+    counts = [temperatures.count(t) for t in range(tau_max, 0, -1)]
+    each = epochs // tau_max
+    assert counts == [each] * (tau_max - 1) + [epochs - (tau_max - 1) * each]
 
 
 @FAST
 @given(PAIRS)
 def test_objective_follows_the_schedule_and_answers_at_every_progress(pair):
     epochs, tau_max = pair
-    objective, expected = (
-        AnnealingKD(tau_max),
-        [phi(t, tau_max) for t in temperature_schedule(epochs, tau_max)],
-    )
-    assert [
-        objective.phi(Progress(e, epochs, e, epochs)) for e in range(epochs)
-    ] == expected
+    objective = AnnealingKD(tau_max)
+    scales = [objective.phi(Progress(e, epochs, e, epochs)) for e in range(epochs)]
+    assert scales == [phi(t, tau_max) for t in temperature_schedule(epochs, tau_max)]
     assert objective.phi(Progress(epochs, epochs, epochs, epochs)) == 1.0, (
         "after_epoch and after_stage see epoch == epochs"
     )
@@ -179,26 +173,24 @@ def test_phi_is_an_inverse_temperature(tau_max, data):
 
 
 def test_true_temperatures_at_tau_max_ten():
-    found = [round(1 / phi(t, 10), 2) for t in range(10, 0, -1)]
-    assert found == [10, 5, 3.33, 2.5, 2, 1.67, 1.43, 1.25, 1.11, 1]
+    temperatures = [round(1 / phi(t, 10), 2) for t in range(10, 0, -1)]
+    assert temperatures == [10, 5, 3.33, 2.5, 2, 1.67, 1.43, 1.25, 1.11, 1]
 
 
 @FAST
 @given(st.integers(1, 5), st.integers(1, 6), st.floats(0.05, 1.0))
 def test_loss_and_gradient_against_the_formula(rows, classes, scale):
-    s, t = (
-        logits(rows, classes, 1).requires_grad_(),
-        logits(rows, classes, 2).requires_grad_(),
-    )
+    s = logits(rows, classes, 1).requires_grad_()
+    t = logits(rows, classes, 2).requires_grad_()
     loss = annealing_loss(s, t, scale)
-    by_hand = sum(
-        (s[b, c].item() - scale * t[b, c].item()) ** 2
-        for b in range(rows)
-        for c in range(classes)
-    ) / (rows * classes)
+    by_hand = 0.0
+    for b in range(rows):
+        for c in range(classes):
+            by_hand += (s[b, c].item() - scale * t[b, c].item()) ** 2
+    by_hand /= rows * classes
     assert loss.item() == pytest.approx(by_hand)
-    each = annealing_loss(s, t, scale, "none")
-    assert each.shape == (rows,) and each.mean().item() == pytest.approx(by_hand)
+    per_row = annealing_loss(s, t, scale, "none")
+    assert per_row.shape == (rows,) and per_row.mean().item() == pytest.approx(by_hand)
     loss.backward()
     torch.testing.assert_close(s.grad, 2 * (s - scale * t).detach() / (rows * classes))
     assert t.grad is None
@@ -206,9 +198,8 @@ def test_loss_and_gradient_against_the_formula(rows, classes, scale):
 
 def test_regression_shapes():
     s, t = logits(5, 1, 1), logits(5, 1, 2)
-    assert annealing_loss(s, t, 0.5).item() == pytest.approx(
-        (s - 0.5 * t).pow(2).mean().item()
-    )
+    by_hand = (s - 0.5 * t).pow(2).mean().item()
+    assert annealing_loss(s, t, 0.5).item() == pytest.approx(by_hand)
     with pytest.raises(ValueError):  # B x 1 against B would spread to B x B
         annealing_loss(s, t.flatten(), 0.5)
 
@@ -218,12 +209,11 @@ def test_a_student_that_fits_one_step_is_one_step_away_from_the_next(tau_max):
     t = logits()
     for temperature in range(tau_max, 1, -1):
         fitted = phi(temperature, tau_max) * t
-        found = annealing_loss(fitted, t, phi(temperature - 1, tau_max), "none")
-        torch.testing.assert_close(found, t.pow(2).mean(-1) / tau_max**2)
+        per_row = annealing_loss(fitted, t, phi(temperature - 1, tau_max), "none")
+        torch.testing.assert_close(per_row, t.pow(2).mean(-1) / tau_max**2)
         assert torch.equal(fitted.argmax(-1), t.argmax(-1)), "scaling keeps the answer"
-    torch.testing.assert_close(
-        annealing_loss(torch.zeros_like(t), t, 1.0, "none"), t.pow(2).mean(-1)
-    )
+    from_zero = annealing_loss(torch.zeros_like(t), t, 1.0, "none")
+    torch.testing.assert_close(from_zero, t.pow(2).mean(-1))
 
 
 def test_linear_student_moves_along_a_straight_line():
@@ -232,20 +222,20 @@ def test_linear_student_moves_along_a_straight_line():
     for scale in (1 / 7, 0.5, 1.0):
         weights = (scale * best).requires_grad_()
         annealing_loss(x @ weights, t, scale).backward()
-        torch.testing.assert_close(
-            weights.grad, torch.zeros_like(weights), atol=1e-12, rtol=0
-        )
+        assert weights.grad.abs().max() <= 1e-12
         off = (scale * best + 0.01).requires_grad_()
         annealing_loss(x @ off, t, scale).backward()
         assert off.grad.abs().max() > 1e-3
 
 
 def test_the_mean_logit_counts_here_and_not_in_soft_targets():
-    "As the temperature grows, temperature^2 KL tends to the centred squared distance over 2 C; this loss is not centred."
+    """This loss is not centred.
+
+    As the temperature grows, temperature^2 KL tends to the centred squared distance
+    over 2 C."""
     s, t = logits(seed=1), logits(seed=2)
-    assert annealing_loss(s + 5, t, 1.0).item() != pytest.approx(
-        annealing_loss(s, t, 1.0).item()
-    )
+    loss = annealing_loss(s, t, 1.0).item()
+    assert annealing_loss(s + 5, t, 1.0).item() != pytest.approx(loss)
     torch.testing.assert_close(soft_targets(s + 5, 2.0), soft_targets(s, 2.0))
 
 
@@ -254,14 +244,11 @@ def test_the_mean_logit_counts_here_and_not_in_soft_targets():
 
 def test_tau_max_one_is_logit_mse_bit_for_bit():
     data = images()
-    runs = [
-        train(Recipe((Stage(o, 3, 5e-3, 16),)), data, data, seed=3)
-        for o in (AnnealingKD(1), LogitMSE())
-    ]
-    assert same(runs[0].student, runs[1].student)
-    assert [r["loss"] for r in runs[0].history] == [r["loss"] for r in runs[1].history]
-    other = train(Recipe((Stage(AnnealingKD(3), 3, 5e-3, 16),)), data, data, seed=3)
-    assert not same(other.student, runs[1].student)
+    run = lambda objective: train(one_stage(objective, 3), data, data, seed=3)
+    plain, constant = run(LogitMSE()), run(AnnealingKD(1))
+    assert same(constant.student, plain.student)
+    assert [r["loss"] for r in constant.history] == [r["loss"] for r in plain.history]
+    assert not same(run(AnnealingKD(3)).student, plain.student)
 
 
 def test_history_shows_the_scale_of_each_epoch():
@@ -271,31 +258,24 @@ def test_history_shows_the_scale_of_each_epoch():
 
 
 def test_stage_one_never_sees_the_labels():
-    data = images()
-    g = torch.Generator().manual_seed(1)
-    shuffled = changed(
-        data,
-        "label",
-        torch.tensor(data["label"])[torch.randperm(len(data), generator=g)].tolist(),
-    )
+    data, both = images(), recipe(3, (3, 2), 5e-3, 16)
+    order = torch.randperm(len(data), generator=torch.Generator().manual_seed(1))
+    shuffled = changed(data, "label", torch.tensor(data["label"])[order].tolist())
     hidden = changed(data, "label", [-100] * len(data))
-    watched = []
-    for rows in (data, shuffled, hidden):
-        what, stages = with_snapshots(
-            Recipe(
-                recipe(3, (3, 2), 5e-3, 16).stages[:1]
-                if rows is hidden
-                else recipe(3, (3, 2), 5e-3, 16).stages
-            )
-        )
-        run = train(what, rows)
-        watched.append((stages, [r["loss"] for r in run.history]))
-    (a, losses), (b, others), (c, alone) = watched
-    assert all(
-        torch.equal(a[0][k], b[0][k]) and torch.equal(a[0][k], c[0][k]) for k in a[0]
-    ), "stage I, bit for bit"
-    assert losses[:3] == others[:3] == alone
-    assert any(not torch.equal(a[1][k], b[1][k]) for k in a[1]), (
+
+    def watched(what, rows):
+        what, stages = with_snapshots(what)
+        history = train(what, rows).history
+        return stages, [row["loss"] for row in history]
+
+    stages, losses = watched(both, data)
+    other_stages, other_losses = watched(both, shuffled)
+    hidden_stages, hidden_losses = watched(Recipe(both.stages[:1]), hidden)
+    for name, weight in stages[0].items():
+        assert torch.equal(weight, other_stages[0][name]), "stage I, bit for bit"
+        assert torch.equal(weight, hidden_stages[0][name]), "stage I, bit for bit"
+    assert losses[:3] == other_losses[:3] == hidden_losses
+    assert any(not torch.equal(w, other_stages[1][n]) for n, w in stages[1].items()), (
         "stage II does learn from labels"
     )
 
@@ -303,35 +283,25 @@ def test_stage_one_never_sees_the_labels():
 def test_stage_two_never_sees_the_teacher():
     data = images()
     stage_two = Recipe(recipe(3, (3, 2), 5e-3, 16).stages[1:])
-    other = changed(
-        data, "teacher_logits", logits(len(data), dtype=torch.float32).tolist()
-    )
-    runs = [
-        train(stage_two, rows)
-        for rows in (data, other, data.remove_columns("teacher_logits"))
-    ]
-    assert same(runs[0].student, runs[1].student) and same(
-        runs[0].student, runs[2].student
-    )
+    other_logits = logits(len(data), dtype=torch.float32).tolist()
+    student = train(stage_two, data).student
+    for rows in (
+        changed(data, "teacher_logits", other_logits),
+        data.remove_columns("teacher_logits"),
+    ):
+        assert same(student, train(stage_two, rows).student)
 
 
 def test_recipe_is_two_stages_with_the_best_reloaded():
     first, second = recipe(4, (8, 3), 1e-3, 24, 2).stages
-    assert (
-        isinstance(first.objective, AnnealingKD)
-        and first.objective.tau_max == 4
-        and isinstance(second.objective, CrossEntropy)
-    )
-    assert (
-        (first.epochs, second.epochs) == (8, 3)
-        and first.lr == second.lr == 1e-3
-        and first.batch_size == second.batch_size == 24
-    )
+    assert isinstance(first.objective, AnnealingKD)
+    assert first.objective.tau_max == 4
+    assert isinstance(second.objective, CrossEntropy)
+    assert (first.epochs, second.epochs) == (8, 3)
+    assert first.lr == second.lr == 1e-3
+    assert first.batch_size == second.batch_size == 24
     assert first.reload_best and second.validate_every == 2
-    assert (
-        first.objective.requires == ("teacher_logits",)
-        and "label" not in first.objective.requires
-    )
+    assert first.objective.requires == ("teacher_logits",)
 
 
 def test_missing_teacher_logits_are_named_before_training():
@@ -340,14 +310,11 @@ def test_missing_teacher_logits_are_named_before_training():
 
 
 def test_stage_one_follows_the_teacher():
-    "Trained long enough, the student fits the unscaled logits: the scale has reached one."
+    "Trained long enough, the student fits the unscaled logits: the scale is one."
     data = images(rows=32)
-    run = fit(
-        image_net(hidden=64, num_labels=4, pixels=16),
-        Recipe(recipe(5, (40, 1), 1e-2, 16).stages[:1]),
-        data,
-        progress=False,
-    )
+    stage_one = Recipe(recipe(5, (40, 1), 1e-2, 16).stages[:1])
+    net = image_net(hidden=64, num_labels=4, pixels=16)
+    run = fit(net, stage_one, data, progress=False)
     first, last = run.history[0], run.history[-1]
     assert first["phi"] == pytest.approx(0.2) and last["phi"] == 1.0
     size = torch.tensor(data["teacher_logits"]).pow(2).mean().item()

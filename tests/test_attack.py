@@ -1,6 +1,6 @@
-"""The attack: what it may do, what it counts, and victims whose weak word is known. Out-of-domain sets have their labels in order."""
+"The attack: what it may do, what it counts, and victims whose weak word is known."
 
-import os
+import math
 
 import pytest
 import torch
@@ -9,8 +9,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from kdbook import evaluation as ev
+from kdbook import evaluation
+from kdbook.attack import Attacked, attack, show_changes
 from kdbook.models import load_tokenizer
+from kdbook.rows import predict_logits
 from kdbook.words import Leaning, nearest_words, pieces_of, same_kind, sentence_vectors
 
 TOKENIZER = load_tokenizer()
@@ -41,22 +43,21 @@ class Bag(nn.Module):
     def __init__(self, seed=0, scale=2.0):
         super().__init__()
         self.tokenizer = TOKENIZER
-        self.weight = nn.Parameter(
-            torch.randn(
-                len(TOKENIZER.get_vocab()),
-                generator=torch.Generator().manual_seed(seed),
-            )
-            * scale,
-            requires_grad=False,
-        )
+        self.asked = 0  # forward passes
+        g = torch.Generator().manual_seed(seed)
+        weights = torch.randn(len(TOKENIZER.get_vocab()), generator=g)
+        self.weight = nn.Parameter(weights * scale, requires_grad=False)
 
     def forward(self, input_ids, attention_mask, token_type_ids=None):
+        self.asked += 1
         score = (self.weight[input_ids] * attention_mask).sum(1)
         return torch.stack([-score, score], 1)
 
 
-def answers(model, texts):
-    return ev._Victim(model)(list(texts), [None] * len(texts)).argmax(-1).tolist()
+def answers(model, texts, pairs=None):
+    columns = dict(text=list(texts), **(dict(text_pair=list(pairs)) if pairs else {}))
+    rows = Dataset.from_dict(columns)
+    return predict_logits(model, rows, progress=False).argmax(-1).tolist()
 
 
 def own_labels(model, texts):
@@ -69,7 +70,7 @@ def own_labels(model, texts):
 )
 def test_what_an_attack_may_do_and_says_of_itself(texts, seed, budget, similarity):
     model = Bag(seed)
-    found = ev.attack(
+    outcome = attack(
         model,
         own_labels(model, texts),
         max_queries=budget,
@@ -77,32 +78,25 @@ def test_what_an_attack_may_do_and_says_of_itself(texts, seed, budget, similarit
         cache=False,
         progress=False,
     )
-    assert answers(model, [r["attacked"] for r in found.rows]) == [
-        r["after"] for r in found.rows
-    ]
-    for text, row in zip(texts, found.rows):
+    after = [row["after"] for row in outcome.rows]
+    assert answers(model, [row["attacked"] for row in outcome.rows]) == after
+    for text, row in zip(texts, outcome.rows):
+        assert row["text"] == text
+        assert row["before"] == row["label"]
+        assert row["queries"] <= budget
         old, new = pieces_of(text), pieces_of(row["attacked"])
-        assert (
-            row["text"] == text
-            and row["before"] == row["label"]
-            and row["queries"] <= budget
-        )
-        assert [
-            (i, a, b) for i, (a, b) in enumerate(zip(old, new)) if a != b
-        ] == sorted(map(tuple, row["changed"])) and len(old) == len(new)
+        assert len(old) == len(new)
+        changed = [(i, a, b) for i, (a, b) in enumerate(zip(old, new)) if a != b]
+        assert changed == sorted(map(tuple, row["changed"]))
         for _, a, b in row["changed"]:
-            assert same_kind(a, b) and b in [w for w, _ in nearest_words()(a, 50)]
-        if row["changed"]:
-            assert (
-                float(
-                    (
-                        sentence_vectors([text])[0]
-                        * sentence_vectors([row["attacked"]])[0]
-                    ).sum()
-                )
-                >= similarity - 1e-4
-            )
-    assert found.under_attack == pytest.approx(1 - found.success_rate)
+            assert same_kind(a, b)
+            assert b in [word for word, _ in nearest_words()(a, 50)]
+    changed_rows = [row for row in outcome.rows if row["changed"]]
+    if changed_rows:
+        old_vectors = sentence_vectors([row["text"] for row in changed_rows])
+        new_vectors = sentence_vectors([row["attacked"] for row in changed_rows])
+        assert ((old_vectors * new_vectors).sum(-1) >= similarity - 1e-4).all()
+    assert outcome.under_attack == pytest.approx(1 - outcome.success_rate)
 
 
 def test_a_larger_budget_or_a_looser_rule_never_saves_a_sentence():
@@ -116,25 +110,24 @@ def test_a_larger_budget_or_a_looser_rule_never_saves_a_sentence():
         ]
         * 3,
     )
-    stands = lambda **how: (
-        ev.attack(model, data, cache=False, progress=False, **how).under_attack
+    stands = lambda **rules: (
+        attack(model, data, cache=False, progress=False, **rules).under_attack
     )
     assert stands(max_queries=5) >= stands(max_queries=30) >= stands(max_queries=200)
     assert stands(allow=lambda a, b: False) == 1.0
 
 
 def test_wrong_answers_are_not_attacked_and_cost_one_query():
-    model, texts = Bag(1), ["wonderful film", "slow story"]
-    data = Dataset.from_dict(
-        dict(text=texts, label=[1 - a for a in answers(model, texts)])
-    )
-    found = ev.attack(model, data, cache=False, progress=False)
-    assert found.accuracy == 0 and all(
-        r["queries"] == 1 and r["attacked"] == r["text"] for r in found.rows
-    )
-    assert (
-        found.success_rate != found.success_rate
-    )  # nothing was tried: not a number, and no zero
+    model = Bag(1)
+    texts = ["wonderful film", "slow story"]
+    wrong = [1 - answer for answer in answers(model, texts)]
+    data = Dataset.from_dict(dict(text=texts, label=wrong))
+    outcome = attack(model, data, cache=False, progress=False)
+    assert outcome.accuracy == 0
+    for row in outcome.rows:
+        assert row["queries"] == 1
+        assert row["attacked"] == row["text"]
+    assert math.isnan(outcome.success_rate), "nothing was tried: no number, and no zero"
 
 
 def test_the_second_text_stays_and_counts():
@@ -143,126 +136,70 @@ def test_the_second_text_stays_and_counts():
             return super().forward(input_ids, attention_mask)
 
     model = Pair(2)
-    data = Dataset.from_dict(
-        dict(
-            text=["wonderful director"] * 2,
-            text_pair=["slow story", "quiet film"],
-            label=[0, 1],
-        )
-    )
-    labels = (
-        ev._Victim(model)(data["text"][:], data["text_pair"][:]).argmax(-1).tolist()
-    )
-    found = ev.attack(
-        model,
-        data.remove_columns("label").add_column("label", labels),
-        similarity=-1.0,
-        cache=False,
-        progress=False,
-    )
-    after = (
-        ev._Victim(model)([r["attacked"] for r in found.rows], data["text_pair"][:])
-        .argmax(-1)
-        .tolist()
-    )
-    assert after == [r["after"] for r in found.rows]
+    texts = ["wonderful director"] * 2
+    pairs = ["slow story", "quiet film"]
+    labels = answers(model, texts, pairs)
+    data = Dataset.from_dict(dict(text=texts, text_pair=pairs, label=labels))
+    outcome = attack(model, data, similarity=-1.0, cache=False, progress=False)
+    attacked = [row["attacked"] for row in outcome.rows]
+    assert answers(model, attacked, pairs) == [row["after"] for row in outcome.rows]
 
 
-def test_the_cache_knows_model_rows_and_rules(tmp_path, monkeypatch):
-    monkeypatch.setenv("KDBOOK_CACHE", str(tmp_path))
+@pytest.fixture
+def empty_cache(tmp_path, monkeypatch):
+    "A cache of its own; what the attack reads besides is loaded from the usual one."
     nearest_words()
-    sentence_vectors(["warm"])  # with the usual cache
-    model, data = Bag(1), own_labels(Bag(1), ["wonderful film", "slow story"])
-    files = lambda: (
-        len(list((tmp_path / "attacks").glob("*.json")))
-        if (tmp_path / "attacks").exists()
-        else 0
-    )
-    calls = []
-    real = ev._attacked
-    monkeypatch.setattr(ev, "_attacked", lambda *a: calls.append(1) or real(*a))
-    attack = lambda m=model, d=data, **how: ev.attack(m, d, progress=False, **how)
-    first = attack()
-    assert (
-        attack().rows
-        == [{**r, "changed": [list(c) for c in r["changed"]]} for r in first.rows]
-        and len(calls) == 1 == files()
-    )
-    attack(similarity=0.8)
-    attack(m=Bag(2))
-    attack(d=data.select([0]))
-    attack(allow=Leaning(["good"], [0]))
-    attack(allow=Leaning(["bad"], [0]))
-    assert len(calls) == 6 == files()
-    attack(allow=lambda a, b: True)
-    attack(allow=lambda a, b: False)  # a function prints an address: not kept
-    assert len(calls) == 8 and files() == 6
+    sentence_vectors(["warm"])
+    monkeypatch.setenv("KDBOOK_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
+def test_the_cache_knows_model_rows_and_rules(empty_cache):
+    model, other = Bag(1), Bag(2)
+    data = own_labels(Bag(1), ["wonderful film", "slow story"])
+    files = lambda: len(list((empty_cache / "attacks").glob("*.json")))
+
+    def asks(model=model, data=data, **rules):
+        "Whether the model is asked anything."
+        before = model.asked
+        attack(model, data, progress=False, **rules)
+        return model.asked > before
+
+    first = attack(model, data, cache=False, progress=False)
+    assert asks() and files() == 1
+    assert not asks() and files() == 1
+    kept = [{**r, "changed": [list(c) for c in r["changed"]]} for r in first.rows]
+    assert attack(model, data, progress=False).rows == kept
+    assert asks(similarity=0.8)
+    assert asks(model=other)
+    assert asks(data=data.select([0]))
+    assert asks(allow=Leaning(["good"], [0]))
+    assert asks(allow=Leaning(["bad"], [0]))
+    assert files() == 6
+    assert asks(allow=lambda a, b: True)
+    assert asks(allow=lambda a, b: False)  # a function prints an address: not kept
+    assert files() == 6
+
+
+def test_an_outcome_that_cannot_be_kept_is_still_given(empty_cache):
+    empty_cache.mkdir()
+    (empty_cache / "attacks").touch()  # a file where the folder should be
+    model = Bag(1)
+    data = own_labels(model, ["wonderful film"])
+    with pytest.warns(UserWarning, match="cannot be written"):
+        outcome = attack(model, data, progress=False)
+    assert outcome.rows == attack(model, data, cache=False, progress=False).rows
+
+
+def test_the_evaluation_module_hands_the_names_on():
+    assert evaluation.attack is attack
+    assert evaluation.Attacked is Attacked
+    assert evaluation.show_changes is show_changes
 
 
 def test_text_is_escaped_where_it_is_shown():
     row = dict(
         text="a <b>good</b> film", changed=[(4, "good", "<i>fine")], before=1, after=0
     )
-    shown = ev.show_changes([row])
+    shown = show_changes([row])
     assert "<b>" not in shown and "<i>" not in shown and "&lt;i&gt;fine" in shown
-
-
-def test_the_raters_gap_against_a_loop():
-    g = torch.Generator().manual_seed(0)
-    logits, shares = (
-        torch.randn(20, 2, generator=g),
-        torch.rand(20, 3, generator=g).softmax(-1),
-    )
-    shares[0] = torch.tensor([0.0, 0.0, 1.0])
-    naive = 0.0
-    for z, (low, zero, high) in zip(logits.tolist(), shares.tolist()):
-        people, model = (
-            (low + zero / 2, high + zero / 2),
-            torch.tensor(z).softmax(-1).tolist(),
-        )
-        naive += sum(
-            p * torch.log(torch.tensor(p / q)).item()
-            for p, q in zip(people, model)
-            if p > 0
-        )
-    assert ev.rater_gap(logits, shares) == pytest.approx(naive / 20, abs=1e-4)
-    assert ev.rater_gap(logits, shares) >= 0
-
-
-@pytest.mark.data
-@pytest.mark.parametrize("task", ev.OUT_OF_DOMAIN)
-def test_out_of_domain_sets_ask_the_same_question(task):
-    "The same classes in the same order, under whatever name; and rows with text."
-    from kdbook.data import load_task
-
-    alike = {
-        "neg": "negative",
-        "pos": "positive",
-        "not_equivalent": "no",
-        "not_duplicate": "no",
-        "not_paraphrase": "no",
-        "equivalent": "yes",
-        "duplicate": "yes",
-        "paraphrase": "yes",
-    }
-    names = lambda rows: [alike.get(n, n) for n in rows.features["label"].names]
-    home = names(load_task(task)["validation"])
-    found = ev.out_of_domain(task)
-    assert tuple(found) == ev.OUT_OF_DOMAIN[task]
-    for name, rows in found.items():
-        assert names(rows) == home, name
-        assert (
-            len(rows) > 50
-            and set(rows["label"]) <= set(range(len(home)))
-            and "text" in rows.column_names
-        )
-
-
-@pytest.mark.data
-def test_a_model_that_reads_only_the_label_words_scores_everywhere():
-    "`evaluate` takes what `out_of_domain` gives."
-    scores = ev.evaluate(Bag(), ev.out_of_domain("mrpc"))
-    assert (
-        list(scores.index) == list(ev.OUT_OF_DOMAIN["mrpc"])
-        and (scores.accuracy > 0).all()
-    )

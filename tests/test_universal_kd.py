@@ -1,4 +1,4 @@
-"""Universal-KD: heads on any model, attention, both losses, against loops and what must not matter."""
+"""Universal-KD: heads on any model, attention, and both losses against loops."""
 
 import pytest
 import torch
@@ -35,27 +35,26 @@ SIZES = st.tuples(
 
 
 def answers(sizes):
-    batch, mine, theirs, classes, seed = sizes
+    "What student layers and teacher layers say, drawn from a seed."
+    batch, student_layers, teacher_layers, classes, seed = sizes
     g = torch.Generator().manual_seed(seed)
     draw = lambda layers: (
         2 * torch.randn(batch, layers, classes, generator=g, dtype=torch.float64)
     )
-    return draw(mine), draw(theirs)
+    return draw(student_layers), draw(teacher_layers)
+
+
+def bare_net(hidden=(8, 8, 8), seed=0, num_labels=4):
+    return image_net(hidden, num_labels=num_labels, pixels=16, seed=seed)
 
 
 def net(hidden=(8, 8, 8), seed=0):
-    return PseudoClassifiers(
-        image_net(hidden, num_labels=4, pixels=16, seed=seed), example=EXAMPLE
-    )
+    return PseudoClassifiers(bare_net(hidden, seed), example=EXAMPLE)
 
 
 def written(seed=3):
-    return annotate(
-        images(),
-        train_heads(net((8, 8, 8, 8), seed), images(), progress=False),
-        cache=False,
-        progress=False,
-    )
+    teacher = train_heads(net((8, 8, 8, 8), seed), images(), progress=False)
+    return annotate(images(), teacher, cache=False, progress=False)
 
 
 def kl(p, q):
@@ -66,18 +65,16 @@ def kl(p, q):
 @given(SIZES, st.booleans())
 def test_both_mixtures_against_a_loop(sizes, centre):
     s, t = answers(sizes)
+    centred = (lambda u: u - u.mean()) if centre else (lambda u: u)
     by_logits = by_losses = 0.0
-    for b in range(len(s)):
-        for j in range(s.shape[1]):
-            less = (lambda u: u - u.mean()) if centre else (lambda u: u)
-            scores = torch.stack(
-                [less(s[b, j]) @ less(t[b, i]) for i in range(t.shape[1])]
-            )
-            share = scores.softmax(0)
-            by_logits += kl((share[:, None] * t[b]).sum(0), s[b, j]) / len(s)
-            by_losses += sum(
-                share[i] * kl(t[b, i], s[b, j]) for i in range(t.shape[1])
-            ) / len(s)
+    for row, teacher_row in zip(s, t):
+        for own in row:
+            scores = [centred(own) @ centred(other) for other in teacher_row]
+            share = torch.stack(scores).softmax(0)
+            mixed = (share[:, None] * teacher_row).sum(0)
+            by_logits += kl(mixed, own) / len(s)
+            losses = torch.stack([kl(other, own) for other in teacher_row])
+            by_losses += (share * losses).sum() / len(s)
     torch.testing.assert_close(il_loss(s, t, centre=centre), by_logits)
     torch.testing.assert_close(il_loss(s, t, centre=centre, mix="losses"), by_losses)
 
@@ -85,22 +82,18 @@ def test_both_mixtures_against_a_loop(sizes, centre):
 @FAST
 @given(SIZES, st.floats(-5, 5))
 def test_what_does_not_matter(sizes, shift):
-    "The order of the teacher's layers; with centring, constants on either side; copies of the batch."
+    "The order of the teacher's layers, copies of the batch; centred: constants."
     s, t = answers(sizes)
-    order = torch.randperm(
-        t.shape[1], generator=torch.Generator().manual_seed(sizes[-1])
-    )
-    torch.testing.assert_close(il_loss(s, t[:, order]), il_loss(s, t))
-    torch.testing.assert_close(
-        il_loss(s + shift, t, centre=True), il_loss(s, t, centre=True)
-    )
+    g = torch.Generator().manual_seed(sizes[-1])
+    order = torch.randperm(t.shape[1], generator=g)
+    plain = il_loss(s, t)
+    centred = il_loss(s, t, centre=True)
+    torch.testing.assert_close(il_loss(s, t[:, order]), plain)
+    torch.testing.assert_close(il_loss(torch.cat([s, s]), torch.cat([t, t])), plain)
+    torch.testing.assert_close(il_loss(s + shift, t, centre=True), centred)
     moved = torch.cat([t[:, :1] + shift, t[:, 1:]], 1)
-    torch.testing.assert_close(
-        attend(s, moved, centre=True)[0], attend(s, t, centre=True)[0]
-    )
-    torch.testing.assert_close(
-        il_loss(torch.cat([s, s]), torch.cat([t, t])), il_loss(s, t)
-    )
+    share = attend(s, t, centre=True)[0]
+    torch.testing.assert_close(attend(s, moved, centre=True)[0], share)
 
 
 @pytest.mark.parametrize("mix", ["logits", "losses"])
@@ -114,26 +107,15 @@ def test_gradients(mix, detach):
         return
     share = attend(s.detach(), t)[0]
 
-    def fixed(s):
-        if mix == "logits":
-            return kl(share @ t, s).sum(1).mean()
-        return (
-            (
-                share
-                * torch.stack(
-                    [kl(t[:, i : i + 1].expand_as(s), s) for i in range(3)], -1
-                )
-            )
-            .sum((1, 2))
-            .mean()
-        )
-
-    ours, theirs = (
-        torch.autograd.grad(f(s), s)[0]
-        for f in (lambda s: il_loss(s, t, detach=True, mix=mix), fixed)
-    )
-    torch.testing.assert_close(ours, theirs)
-    assert not torch.allclose(ours, torch.autograd.grad(il_loss(s, t, mix=mix), s)[0])
+    if mix == "logits":
+        fixed = kl(share @ t, s).sum(1).mean()
+    else:
+        losses = [kl(layer.expand_as(s), s) for layer in t.split(1, 1)]
+        fixed = (share * torch.stack(losses, -1)).sum((1, 2)).mean()
+    slope = lambda loss: torch.autograd.grad(loss, s)[0]
+    detached = slope(il_loss(s, t, detach=True, mix=mix))
+    torch.testing.assert_close(detached, slope(fixed))
+    assert not torch.allclose(detached, slope(il_loss(s, t, mix=mix)))
 
 
 def test_capacity_gap_is_one_more_student_layer():
@@ -141,49 +123,42 @@ def test_capacity_gap_is_one_more_student_layer():
     torch.testing.assert_close(cg_loss(s[:, 0], t[:, :3], t[:, 3]), il_loss(s, t))
 
 
+def hugging_face_config(kind):
+    import transformers as hf
+
+    if kind == "distilbert":
+        return hf.DistilBertConfig(
+            vocab_size=50, dim=16, n_layers=4, n_heads=2, hidden_dim=32, num_labels=3
+        )
+    make = {"bert": hf.BertConfig, "roberta": hf.RobertaConfig}[kind]
+    return make(
+        vocab_size=50,
+        hidden_size=16,
+        num_hidden_layers=4,
+        num_attention_heads=2,
+        intermediate_size=32,
+        num_labels=3,
+    )
+
+
 @pytest.mark.parametrize("kind", ["bert", "distilbert", "roberta"])
 @pytest.mark.parametrize("pool", ["first", "mean"])
 def test_hugging_face_models(kind, pool):
-    "Heads read hidden states 1 to N - 1; padding changes nothing; the model's own output stays."
-    import transformers as hf
+    "Heads read states 1 to N - 1; padding changes nothing; the model's output stays."
+    from transformers import AutoModelForSequenceClassification
 
-    config = {
-        "bert": lambda: hf.BertConfig(
-            vocab_size=50,
-            hidden_size=16,
-            num_hidden_layers=4,
-            num_attention_heads=2,
-            intermediate_size=32,
-            num_labels=3,
-        ),
-        "distilbert": lambda: hf.DistilBertConfig(
-            vocab_size=50, dim=16, n_layers=4, n_heads=2, hidden_dim=32, num_labels=3
-        ),
-        "roberta": lambda: hf.RobertaConfig(
-            vocab_size=50,
-            hidden_size=16,
-            num_hidden_layers=4,
-            num_attention_heads=2,
-            intermediate_size=32,
-            num_labels=3,
-        ),
-    }[kind]()
-    model = hf.AutoModelForSequenceClassification.from_config(config).eval()
+    config = hugging_face_config(kind)
+    model = AutoModelForSequenceClassification.from_config(config).eval()
     heads = PseudoClassifiers(model, pool=pool)
     assert heads.layers == (1, 2, 3) and not model.training
-    ids, mask = (
-        torch.randint(5, 50, (2, 6), generator=torch.Generator().manual_seed(0)),
-        torch.ones(2, 6, dtype=torch.long),
-    )
+    ids = torch.randint(5, 50, (2, 6), generator=torch.Generator().manual_seed(0))
+    mask = torch.ones(2, 6, dtype=torch.long)
     out = heads(input_ids=ids, attention_mask=mask)
     states = model(input_ids=ids, attention_mask=mask, output_hidden_states=True)
     torch.testing.assert_close(out.logits, states.logits)
-    wanted = (
-        states.hidden_states[2][:, 0]
-        if pool == "first"
-        else states.hidden_states[2].mean(1)
-    )
-    torch.testing.assert_close(out.pooled[1], wanted)
+    second = states.hidden_states[2]
+    pooled = second[:, 0] if pool == "first" else second.mean(1)
+    torch.testing.assert_close(out.pooled[1], pooled)
     longer = heads(
         input_ids=F.pad(ids, (0, 3), value=1), attention_mask=F.pad(mask, (0, 3))
     )
@@ -196,14 +171,13 @@ def test_hugging_face_models(kind, pool):
     "make", [lambda: lstm_student(hidden=16, layers=3), lambda: cnn_student(filters=8)]
 )
 def test_text_students_learn_from_a_teacher_of_another_kind(make):
-    "Every weight but the embeddings moves under the intermediate-layer loss; no projection is anywhere."
+    "Every weight but the embeddings moves under the layers' loss, without projections."
     from kdbook.data import load_task
 
     rows = annotate(load_task("movies")["train"].select(range(40)), "minilm-movies")
     student = PseudoClassifiers(make())
-    trained = fit(
-        student, Recipe((Stage(UniversalKD("il"), 1, 1e-2, 20),)), rows, progress=False
-    ).student
+    recipe_ = Recipe((Stage(UniversalKD("il"), 1, 1e-2, 20),))
+    trained = fit(student, recipe_, rows, progress=False).student
     assert {h.out_features for h in trained.heads} == {2}
     for (name, before), after in zip(student.named_parameters(), trained.parameters()):
         assert torch.equal(before, after) != before.requires_grad, name
@@ -211,45 +185,28 @@ def test_text_students_learn_from_a_teacher_of_another_kind(make):
 
 def test_same_seed_same_heads_and_the_generator_stands_still():
     state = torch.get_rng_state()
-    a, b, c = (
-        net(),
-        net(),
-        PseudoClassifiers(
-            image_net((8, 8, 8), num_labels=4, pixels=16), example=EXAMPLE, seed=1
-        ),
-    )
+    first = net().heads[0].weight
+    again = net().heads[0].weight
+    other = PseudoClassifiers(bare_net(), example=EXAMPLE, seed=1).heads[0].weight
     assert torch.equal(torch.get_rng_state(), state)
-    assert torch.equal(a.heads[0].weight, b.heads[0].weight) and not torch.equal(
-        a.heads[0].weight, c.heads[0].weight
-    )
+    assert torch.equal(first, again)
+    assert not torch.equal(first, other)
 
 
 def test_heads_for_regression_are_ridge_regression():
     "Least squares with a penalty has a closed form."
     data = images()
     data = changed(data, "label", [float(x[0] + x[1]) for x in data["pixel_values"]])
-    heads = train_heads(
-        PseudoClassifiers(
-            image_net(8, num_labels=1, pixels=16), layers=(0,), example=EXAMPLE
-        ),
-        data,
-        penalty=0.2,
-        progress=False,
-    )
-    x, y = (
-        torch.tensor(data["pixel_values"], dtype=torch.float64),
-        torch.tensor(data["label"], dtype=torch.float64),
-    )
+    heads = PseudoClassifiers(bare_net(8, num_labels=1), layers=(0,), example=EXAMPLE)
+    train_heads(heads, data, penalty=0.2, progress=False)
+    x = torch.tensor(data["pixel_values"], dtype=torch.float64)
+    y = torch.tensor(data["label"], dtype=torch.float64)
     z = (x - x.mean(0)) / x.std(0)
     w = torch.linalg.solve(
         z.T @ z / len(z) + 0.1 * torch.eye(16), z.T @ (y - y.mean()) / len(z)
     )
-    torch.testing.assert_close(
-        heads(pixel_values=x.float()).pseudo_logits.flatten().double(),
-        z @ w + y.mean(),
-        atol=1e-3,
-        rtol=1e-3,
-    )
+    fitted = heads(pixel_values=x.float()).pseudo_logits.flatten().double()
+    torch.testing.assert_close(fitted, z @ w + y.mean(), atol=1e-3, rtol=1e-3)
 
 
 def test_unlabelled_rows_do_not_teach_heads():
@@ -266,24 +223,13 @@ def test_unlabelled_rows_do_not_teach_heads():
 
 def test_the_cache_knows_which_heads_wrote():
     rows = Rows(images())
-    plain = fingerprint(net(), rows, 64)
-    other = PseudoClassifiers(
-        image_net((8, 8, 8), num_labels=4, pixels=16), layers=(2, 1), example=EXAMPLE
-    )
-    pooled = PseudoClassifiers(
-        image_net((8, 8, 8), num_labels=4, pixels=16), pool="mean", example=EXAMPLE
-    )
-    assert (
-        len(
-            {
-                plain,
-                fingerprint(net(seed=1), rows, 64),
-                fingerprint(other, rows, 64),
-                fingerprint(pooled, rows, 64),
-            }
-        )
-        == 4
-    )
+    wrapped = [
+        net(),
+        net(seed=1),
+        PseudoClassifiers(bare_net(), layers=(2, 1), example=EXAMPLE),
+        PseudoClassifiers(bare_net(), pool="mean", example=EXAMPLE),
+    ]
+    assert len({fingerprint(model, rows, 64) for model in wrapped}) == 4
 
 
 def test_annotate_twice_reads_the_cache(tmp_path, monkeypatch):
@@ -292,10 +238,8 @@ def test_annotate_twice_reads_the_cache(tmp_path, monkeypatch):
     first = annotate(images(), teacher, progress=False)
     monkeypatch.setattr(PseudoClassifiers, "forward", None)
     again = annotate(images(), teacher, progress=False)
-    assert (
-        first["teacher_pseudo_logits"] == again["teacher_pseudo_logits"]
-        and len(first["teacher_pseudo_logits"][0]) == 2
-    )
+    assert first["teacher_pseudo_logits"] == again["teacher_pseudo_logits"]
+    assert len(first["teacher_pseudo_logits"][0]) == 2
 
 
 def test_the_record_knows_the_layers():
@@ -303,15 +247,11 @@ def test_the_record_knows_the_layers():
     from kdbook.data import load_task
 
     test = annotate(load_task("movies")["test"], "minilm-movies")
-    right = (
-        (
-            torch.tensor(test["teacher_pseudo_logits"]).argmax(-1)
-            == torch.tensor(test["label"])[:, None]
-        )
-        .float()
-        .mean(0)
-    )
-    assert right.shape == (5,) and (right[1:] > right[:-1]).all() and right[0] > 0.7
+    answers = torch.tensor(test["teacher_pseudo_logits"]).argmax(-1)
+    labels = torch.tensor(test["label"])[:, None]
+    accuracy = (answers == labels).float().mean(0)
+    assert accuracy.shape == (5,)
+    assert (accuracy[1:] > accuracy[:-1]).all() and accuracy[0] > 0.7
 
 
 def test_two_stages_and_what_is_kept():
@@ -323,35 +263,30 @@ def test_two_stages_and_what_is_kept():
         progress=False,
     )
     assert [s["name"] for s in run.history] == ["layers", "layers", "labels"]
-    out = predict_logits(run.student, images(), progress=False)
-    torch.testing.assert_close(
-        predict_logits(run.student.model, images(), progress=False), out
-    )
+    with_heads = predict_logits(run.student, images(), progress=False)
+    without = predict_logits(run.student.model, images(), progress=False)
+    torch.testing.assert_close(without, with_heads)
 
 
 def test_mismatches_are_named():
     rows = written()
     odd = changed(rows, "teacher_pseudo_logits", [[[0.0, 1.0]] for _ in range(48)])
+    student = net((8, 8))
     for student, objective, data, words in (
-        (net((8, 8)), UniversalKD(), odd, "have 2 classes, teacher_logits 4"),
-        (net((8, 8)).model, UniversalKD("il"), rows, r"PseudoClassifiers\(student\)"),
-        (
-            net((8, 8)),
-            HiddenKD(),
-            changed(rows, "teacher_pseudo_logits", [0] * 48),
-            "teacher_hidden",
-        ),
+        (student, UniversalKD(), odd, "have 2 classes, teacher_logits 4"),
+        (student.model, UniversalKD("il"), rows, r"PseudoClassifiers\(student\)"),
+        (student, HiddenKD(), rows, "teacher_hidden.*with_column"),
     ):
         with pytest.raises(ValueError, match=words):
             fit(student, Recipe((Stage(objective, 1),)), data, progress=False)
-    for how in (
-        dict(setting="layers"),
-        dict(mix="max"),
-        dict(logit_weight=-1.0),
-        dict(temperature=0.0),
+    for name, value in (
+        ("setting", "layers"),
+        ("mix", "max"),
+        ("logit_weight", -1.0),
+        ("temperature", 0.0),
     ):
-        with pytest.raises(ValueError, match=next(iter(how))):
-            UniversalKD(**how)
+        with pytest.raises(ValueError, match=name):
+            UniversalKD(**{name: value})
     with pytest.raises(ValueError, match="one batch"):
         attend(torch.zeros(2, 3), torch.zeros(2, 3, 4))
 
@@ -359,12 +294,7 @@ def test_mismatches_are_named():
 def test_a_wrapped_student_trains_by_any_recipe():
     "Heads that an objective does not look at change nothing."
     recipe_ = Recipe((Stage(CrossEntropy(), 2, 5e-3, 16),))
-    bare = image_net((8, 8), num_labels=4, pixels=16)
-    plain = fit(bare, recipe_, images(), progress=False).student
-    wrapped = fit(
-        PseudoClassifiers(bare, example=EXAMPLE), recipe_, images(), progress=False
-    ).student.model
-    assert all(
-        torch.equal(a, b)
-        for a, b in zip(plain.state_dict().values(), wrapped.state_dict().values())
-    )
+    plain = fit(bare_net((8, 8)), recipe_, images(), progress=False).student
+    wrapped = fit(net((8, 8)), recipe_, images(), progress=False).student.model
+    pairs = zip(plain.state_dict().values(), wrapped.state_dict().values())
+    assert all(torch.equal(a, b) for a, b in pairs)

@@ -1,22 +1,24 @@
 """Sliders without a kernel: what the HTML twin holds, escapes, repeats and refuses."""
 
+import ast
 import io
 import json
 import re
 from html.parser import HTMLParser
-
-import pytest
-
-pytest.importorskip("ipywidgets")
-pytest.importorskip("matplotlib").use("Agg", force=False)
+from pathlib import Path
 
 import matplotlib as mpl
 import matplotlib.pyplot as plt
+import nbformat
+import numpy as np
+import pytest
+import refresh
 from PIL import Image
 
 from kdbook import plots, widgets
 from kdbook.widgets import MOST_FRAMES, Explore, Explore2
 
+mpl.use("Agg", force=False)
 VIEW = "application/vnd.jupyter.widget-view+json"
 
 
@@ -61,29 +63,16 @@ class Tags(HTMLParser):
 
 
 def test_twin_has_a_frame_a_text_and_a_label_for_every_value():
-    slider = Explore(
-        draw,
-        [1, 2.5, 4, 8],
-        name="height",
-        start=2,
-        alt=lambda value: f"height {value}",
-    )
+    say = lambda value: f"height {value}"
+    slider = Explore(draw, [1, 2.5, 4, 8], name="height", start=2, alt=say)
     page = Tags(slider.html)
     assert page.data["alts"] == ["height 1", "height 2.5", "height 4", "height 8"]
     assert page.data["labels"] == [["1", "2.5", "4", "8"]]
-    assert [bool(frame) for frame in page.data["frames"]] == [
-        True,
-        True,
-        False,
-        True,
-    ]  # the start frame is the picture itself
+    # the start frame is the picture itself
+    assert [bool(f) for f in page.data["frames"]] == [True, True, False, True]
     (control,) = page.rows.all("input")
-    assert (control["type"], control["min"], control["max"], control["value"]) == (
-        "range",
-        "0",
-        "3",
-        "2",
-    )
+    assert control["type"] == "range"
+    assert [control[key] for key in ("min", "max", "value")] == ["0", "3", "2"]
     assert control["aria-label"] == "height" and control["aria-valuetext"] == "4"
     (picture,) = page.all("img")
     assert picture["alt"] == "height 4"
@@ -92,25 +81,17 @@ def test_twin_has_a_frame_a_text_and_a_label_for_every_value():
 
 def test_without_its_script_the_page_has_a_picture_and_no_controls():
     page = Tags(Explore2(draw, [1, 2], [3, 4], play=True).html)
-    assert (
-        not page.all("input") and not page.all("button") and len(page.all("img")) == 1
-    )
+    assert not page.all("input") and not page.all("button")
+    assert len(page.all("img")) == 1
     assert len(page.rows.all("input")) == 2 and len(page.rows.all("button")) == 1
 
 
 def test_two_sliders_run_the_second_fastest():
-    slider = Explore2(
-        draw,
-        [1, 2, 3],
-        [4, 5],
-        names=("a", "b"),
-        start=(1, 1),
-        alt=lambda a, b: f"{a}-{b}",
-    )
+    say = lambda a, b: f"{a}-{b}"
+    slider = Explore2(draw, [1, 2, 3], [4, 5], ("a", "b"), start=(1, 1), alt=say)
     assert slider.alts == ["1-4", "1-5", "2-4", "2-5", "3-4", "3-5"]
-    assert [
-        k for k, frame in enumerate(Tags(slider.html).data["frames"]) if not frame
-    ] == [3]
+    frames = Tags(slider.html).data["frames"]
+    assert [k for k, frame in enumerate(frames) if not frame] == [3]
     assert len(set(slider.frames)) == 6
     slider.sliders[0].index = 2
     assert 'alt="3-5"' in slider.picture.value
@@ -118,31 +99,25 @@ def test_two_sliders_run_the_second_fastest():
     assert 'alt="3-4"' in slider.picture.value
 
 
-@pytest.mark.parametrize(
-    "nasty",
-    [
-        '"><script>alert(1)</script>',
-        "a & b < c",
-        "it's",
-        "$uid ${data}",
-        "\u2028 \\ \n",
-    ],
+HOSTILE = dict(
+    script='"><script>alert(1)</script>',
+    html="a & b < c",
+    quote="it's",
+    template="$uid ${data}",
+    lines="\u2028 \\ \n",
 )
-def test_names_labels_and_texts_are_escaped(nasty):
-    slider = Explore(
-        draw,
-        [1, 2],
-        name=nasty,
-        alt=lambda value: nasty,
-        formatter=lambda value: nasty + str(value),
-    )
+
+
+@pytest.mark.parametrize("text", HOSTILE.values(), ids=HOSTILE)
+def test_names_labels_and_texts_are_escaped(text):
+    label = lambda value: text + str(value)
+    slider = Explore(draw, [1, 2], name=text, alt=lambda value: text, formatter=label)
     page = Tags(slider.html)
     assert len(page.all("script")) == 1 and slider.html.count("</script>") == 1
-    assert page.rows.all("input")[0]["aria-label"] == nasty
-    assert page.all("img")[0]["alt"] == nasty
-    assert page.data["alts"] == [nasty, nasty] and page.data["labels"] == [
-        [nasty + "1", nasty + "2"]
-    ]
+    assert page.rows.all("input")[0]["aria-label"] == text
+    assert page.all("img")[0]["alt"] == text
+    assert page.data["alts"] == [text, text]
+    assert page.data["labels"] == [[text + "1", text + "2"]]
 
 
 def test_same_input_gives_the_same_bytes_and_other_input_another_mark():
@@ -167,26 +142,17 @@ def test_stored_output_has_the_twin_a_short_text_and_the_live_view():
 
 
 def test_frames_have_one_size_whatever_the_reader_configured():
-    with mpl.rc_context(
-        {
-            "savefig.bbox": "tight",
-            "savefig.dpi": 37,
-            "figure.dpi": 201,
-            "savefig.transparent": True,
-        }
-    ):
+    own = {"savefig.bbox": "tight", "savefig.dpi": 37, "savefig.transparent": True}
+    with mpl.rc_context(own | {"figure.dpi": 201}):
         slider = Explore(lambda value: draw(10**value), [-3, 0, 3], dpi=100)
     images = [Image.open(io.BytesIO(frame)) for frame in slider.frames]
     assert {image.size for image in images} == {(200, 100)}
-    assert all(
-        image.mode == "P" and image.convert("RGB").getpixel((0, 0)) == (255, 255, 255)
-        for image in images
-    )
+    assert {image.mode for image in images} == {"P"}
+    corners = {image.convert("RGB").getpixel((0, 0)) for image in images}
+    assert corners == {(255, 255, 255)}
 
 
 def test_twenty_frames_stay_under_400_kilobytes():
-    import numpy as np
-
     a, b = np.meshgrid(np.linspace(-2, 2, 40), np.linspace(-2, 2, 40))
 
     def surface(k):
@@ -199,7 +165,7 @@ def test_twenty_frames_stay_under_400_kilobytes():
 
 
 @pytest.mark.parametrize(
-    "values, start, says",
+    "values, start, message",
     [
         ([], 0, "'height' has no values"),
         (range(MOST_FRAMES + 1), 0, "61 frames for 'height', the limit is 60"),
@@ -207,11 +173,13 @@ def test_twenty_frames_stay_under_400_kilobytes():
         ([1, 2], -1, "start = -1"),
     ],
 )
-def test_impossible_sliders_are_refused_before_anything_is_drawn(values, start, says):
+def test_impossible_sliders_are_refused_before_anything_is_drawn(
+    values, start, message
+):
     def never(value):
         raise AssertionError("drawn")
 
-    with pytest.raises(ValueError, match=re.escape(says)):
+    with pytest.raises(ValueError, match=re.escape(message)):
         Explore(never, values, name="height", start=start)
 
 
@@ -224,10 +192,8 @@ def test_a_generator_of_values_is_read_once():
 )
 def test_draw_must_return_a_figure(wrong):
     before = plt.get_fignums()
-    with pytest.raises(
-        TypeError,
-        match="not a matplotlib Figure, at height = 1: end it with `return fig`",
-    ):
+    message = "not a matplotlib Figure, at height = 1: end it with `return fig`"
+    with pytest.raises(TypeError, match=message):
         Explore(wrong, [1], name="height")
     assert plt.get_fignums() == before
 
@@ -250,32 +216,20 @@ def test_frames_of_two_sizes_are_refused():
 
 
 def test_refresh_drops_the_live_view_and_keeps_the_twin():
-    nbformat = pytest.importorskip("nbformat")
-    refresh = pytest.importorskip("refresh")
-    cell = nbformat.v4.new_code_cell(
-        "slider",
-        outputs=[
-            nbformat.v4.new_output(
-                "execute_result", Explore(draw, [1, 2])._repr_mimebundle_()
-            )
-        ],
-    )
+    bundle = Explore(draw, [1, 2])._repr_mimebundle_()
+    output = nbformat.v4.new_output("execute_result", bundle)
+    cell = nbformat.v4.new_code_cell("slider", outputs=[output])
     tidied = refresh.tidy(nbformat.v4.new_notebook(cells=[cell]))
     assert set(tidied.cells[0].outputs[0].data) == {"text/plain", "text/html"}
 
 
 def test_plots_keeps_one_style_per_method():
-    assert (
-        set(plots.METHOD_COLORS)
-        == set(plots.METHOD_MARKERS)
-        == set(plots.METHOD_LABELS)
-    )
-    for name in plots.METHOD_COLORS:
-        assert plots.method_style(name) == dict(
-            color=plots.METHOD_COLORS[name],
-            marker=plots.METHOD_MARKERS[name],
-            label=plots.METHOD_LABELS[name],
-        )
+    colors, markers = plots.METHOD_COLORS, plots.METHOD_MARKERS
+    labels = plots.METHOD_LABELS
+    assert set(colors) == set(markers) == set(labels)
+    for name in colors:
+        look = dict(color=colors[name], marker=markers[name], label=labels[name])
+        assert plots.method_style(name) == look
 
 
 def test_style_comes_off_again_when_the_block_raises():
@@ -286,19 +240,19 @@ def test_style_comes_off_again_when_the_block_raises():
     assert {key: mpl.rcParams[key] for key in plots.BOOK_STYLE} == before
 
 
-def test_no_module_but_these_two_needs_matplotlib_or_ipywidgets():
-    import ast
-    from pathlib import Path
+def imported_at_once(path):
+    "The packages that a module imports when it is imported."
+    names = set()
+    for node in ast.parse(path.read_text(encoding="utf-8")).body:
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            names.add(node.module or "")
+    return {name.split(".")[0] for name in names}
 
-    for path in Path(widgets.__file__).parent.glob("*.py"):
-        if path.stem in ("plots", "widgets"):
-            continue
-        top = [
-            node
-            for node in ast.parse(path.read_text(encoding="utf-8")).body
-            if isinstance(node, (ast.Import, ast.ImportFrom))
-        ]
-        names = {alias.name.split(".")[0] for node in top for alias in node.names} | {
-            (getattr(node, "module", "") or "").split(".")[0] for node in top
-        }
-        assert not names & {"matplotlib", "ipywidgets"}, path.name
+
+def test_no_module_but_these_two_needs_matplotlib_or_ipywidgets():
+    for path in Path(widgets.__file__).parent.rglob("*.py"):
+        if path.stem not in ("plots", "widgets"):
+            drawing = imported_at_once(path) & {"matplotlib", "ipywidgets"}
+            assert not drawing, path.name

@@ -2,263 +2,358 @@
 
 python tools/refresh.py                 the stale ones
 python tools/refresh.py nbs/data.ipynb  the named ones, stale or not
-python tools/refresh.py --check         only say which are stale (exit code 1 when there are any)
+python tools/refresh.py --check         only say which are stale (exit code 1 when there
+                                        are any), and why
 
-A chapter is stale when the hash in its metadata is not the hash of its code cells, of every kdbook module they reach
-and, where a cell reads stored results, of the files in that folder of results/. A new torch or matplotlib does not make
-it stale.
+nbs/stamps.json says of every chapter what its stored outputs were made of: its own
+cells, the definitions of kdbook that they use (see fresh.py), which functions ran (see
+traced.py), and the answers of the records it read. Where cells or answers differ, a
+chapter is "changed". Where only definitions differ, it is "stale by dependence": its
+outputs may still be right. A new torch or matplotlib makes nothing stale.
 """
 
+import argparse
 import ast
 import hashlib
+import json
 import os
 import re
 import sys
 import time
+from collections.abc import Callable, Collection
+from dataclasses import dataclass
+from functools import cache, cached_property
 from pathlib import Path
+from typing import Any
 
 import nbformat
+from fresh import Canonical, Module, Package, Ref, bound, sha
+from nbformat import NotebookNode
 from tqdm import tqdm
 
 ROOT = Path(__file__).resolve().parent.parent
-NBS, LIB, RESULTS = ROOT / "nbs", ROOT / "kdbook", ROOT / "results"
+NBS = ROOT / "nbs"
 VIEW = "application/vnd.jupyter.widget-view+json"
-READS = {  # folder under results/ -> what in a chapter's code says that it reads there
-    "ladder": re.compile(
-        r"\bread_records?\(|\brecorded\(|\breported\(|\bcorrect\(|\bladder(_table|_plot)?\(|results_dir\(\) / .ladder"
-    ),
-    "study": re.compile(r"\bstudy_(records|path)\(|results_dir\(\) / .study"),
-    "teacher": re.compile(r"minilm-movies|\bladder(_table|_plot)?\("),
-}
-STUDY = re.compile(
-    r"""\bstudy_(?:records|path)\(\s*(?:["'](\w+)["'])?|results_dir\(\) / .study.(?: / ["'](\w+)["'])?"""
-)
-CELL_MARK = re.compile(
-    r"^# %% .*\n", re.M
-)  # where nbdev says which cell a line is from: no behaviour
 PROGRESS = re.compile(r"\d+%\|.*?\|")
+EXPORTED = re.compile(r"^#\|\s*export[si]?\b", re.M)
+NOT_RUN = re.compile(r"^#\|\s*eval:\s*false", re.M)
+DEFAULT_EXP = re.compile(r"^#\|\s*default_exp\s+(\S+)", re.M)
+TRIPLE = re.compile(r'\[\s+("[^"]*"),\s+("[^"]*"),\s+("[^"]*")\s+\]')
+MAGIC = re.compile(r"^([ \t]*)[%!].*$", re.M)
+BEFORE = """import sys
+sys.path.insert(0, {tools!r})
+import traced
+sys.path.pop(0)
+traced.install("kdbook")"""
+AFTER = """import json, sys
+files = sys.modules.get("kdbook.files")
+reads = sorted(files.reads()) if files else []
+print(json.dumps([reads, sys.modules["traced"].ran()]))"""
 
 
-def chapters():
-    return sorted(NBS.glob("*.ipynb"))
+def chapters(folder: Path = NBS) -> list[Path]:
+    return sorted(folder.glob("*.ipynb"))
 
 
-def code_of(nb):
-    return [cell.source for cell in nb.cells if cell.cell_type == "code"]
+# What outputs are made of
 
 
-def imports(source, relative):
-    "Names of the kdbook modules that `source` imports; relative imports count inside the package only."
-    for node in ast.walk(ast.parse(source)):
-        if isinstance(node, ast.ImportFrom):
-            module = node.module or ""
-            if node.level and relative:
-                yield from (
-                    [module.split(".")[0]]
-                    if module
-                    else [alias.name for alias in node.names]
-                )
-            elif module == "kdbook":
-                yield from (alias.name for alias in node.names)
-            elif module.startswith("kdbook."):
-                yield module.split(".")[1]
-        elif isinstance(node, ast.Import):
-            yield from (
-                alias.name.split(".")[1]
-                for alias in node.names
-                if alias.name.startswith("kdbook.")
-            )
+@dataclass(frozen=True)
+class Uses:
+    "What decides a chapter's outputs, apart from the records it reads."
+
+    cells: str  # digest of its own code, where definitions have numbers
+    refs: list[Ref]  # the definitions that its cells name, by that number
 
 
-def modules_reached(code, lib=LIB):
-    "Source of every kdbook module that a chapter's code reaches, by name."
-    plain = "\n".join(
-        line for line in code.splitlines() if not line.lstrip().startswith(("%", "!"))
-    )
-    seen, todo = {}, list(imports(plain, relative=False))
-    while todo:
-        name = todo.pop()
-        path = lib / f"{name}.py"
-        if name not in seen and path.exists():
-            seen[name] = CELL_MARK.sub("", path.read_text(encoding="utf-8"))
-            todo += imports(seen[name], relative=True)
-    return seen
+def parsed(source: str) -> ast.Module:
+    "The code of a cell, without its magics."
+    try:
+        return ast.parse(source)
+    except SyntaxError:
+        return ast.parse(MAGIC.sub(r"\1pass", source))
 
 
-def results_hash(results=RESULTS):
-    "One hash of the names and contents of all stored results."
-    total = hashlib.sha256()
-    for path in sorted(
-        p for p in results.rglob("*") if p.is_file() and not p.name.startswith(".")
+def sources(nb: NotebookNode) -> list[str]:
+    return ["".join(c["source"]) for c in nb["cells"] if c["cell_type"] == "code"]
+
+
+def example_cells(nb: NotebookNode) -> list[tuple[str, ast.Module]]:
+    "The cells that run and do not export: source and code."
+    run = (s for s in sources(nb) if not EXPORTED.search(s) and not NOT_RUN.search(s))
+    return [(source, parsed(source)) for source in run]
+
+
+def module_of(nb: NotebookNode, package: Package) -> Module | None:
+    "The module that a chapter exports."
+    named = DEFAULT_EXP.search("\n".join(sources(nb)))
+    return package.modules.get(f"{package.name}.{named[1]}") if named else None
+
+
+def uses(nb: NotebookNode, package: Package) -> Uses:
+    "What the cells of a chapter say, and what they name."
+    cells, own = example_cells(nb), module_of(nb, package)
+    names = bound([node for _, cell in cells for node in cell.body])
+    look = lambda name: names.get(name) or (own and own.look(name))
+    numbers: dict[Ref, int] = {}
+    text: list[str] = []
+    for source, cell in cells:
+        canonical = Canonical(package.find, look)
+        for node in cell.body:
+            canonical.add(node)
+        if canonical.tokens:  # a semicolon hides the value
+            text.append("quiet" if source.rstrip().endswith(";") else "cell")
+        for token in canonical.tokens:
+            if isinstance(token, Ref):
+                token = f"#{numbers.setdefault(token, len(numbers))}"
+            text.append(token)
+    return Uses(sha(text), list(numbers))
+
+
+def answer(file: str, query: str, results: Path = ROOT / "results") -> str:
+    "The digest of what a file of results/ says; of all of it, where `query` is empty."
+    if not (results / file).exists():
+        return "missing"
+    if not query:
+        return hashlib.sha256((results / file).read_bytes()).hexdigest()[:16]
+    from kdbook.records.store import digest
+
+    return digest(file, query)
+
+
+FRESH, CHANGED, DEPENDENT = "fresh", "changed", "stale by dependence"
+
+
+@dataclass(frozen=True)
+class Verdict:
+    "Whether a chapter's stored outputs stand, and if not, why."
+
+    kind: str = FRESH
+    reasons: tuple[str, ...] = ()
+
+    def __str__(self) -> str:
+        return ": ".join(filter(None, [self.kind, ", ".join(self.reasons)]))
+
+
+class Book:
+    "The chapters, the package, and the stamps of the stored outputs."
+
+    def __init__(
+        self,
+        root: Path = ROOT,  # with nbs/, kdbook/ and results/
+        answer: Callable[[str, str], str] = answer,  # file, query -> digest
     ):
-        total.update(
-            path.relative_to(results).as_posix().encode()
-            + b"\0"
-            + hashlib.sha256(path.read_bytes()).digest()
-        )
-    return total.hexdigest()
+        self.root, self.nbs, self.answer = root, root / "nbs", cache(answer)
+        self.path = self.nbs / "stamps.json"
+        known = self.path.exists()
+        self.stamps = json.loads(self.path.read_text("utf-8")) if known else {}
+
+    @cached_property
+    def package(self) -> Package:
+        return Package(self.root / "kdbook")
+
+    def depends(self, refs: list[Ref], ran: Collection[str]) -> list[str]:
+        digests = self.package.digests_of([ref.id for ref in refs], ran)
+        return [f"{ref.name} {digests[ref.id][:8]}" for ref in refs]
+
+    def stamp(
+        self,
+        nb: NotebookNode,
+        reads: list[list[str]],  # file and query of the records that the run read
+        ran: list[str],  # "module:function" of the functions that ran
+    ) -> dict[str, Any]:
+        "What the outputs of a run were made of."
+        used, shapes = uses(nb, self.package), self.package.shapes
+        answers = [[file, query, self.answer(file, query)] for file, query in reads]
+        known = sorted({shapes[id] for id in ran if id in shapes})
+        return {
+            "cells": used.cells,
+            "depends": self.depends(used.refs, known),
+            "ran": " ".join(known),
+            "records": answers,
+        }
+
+    def verdict(self, path: Path) -> Verdict:
+        "Whether the stamp of a chapter is still true."
+        stamp = self.stamps.get(path.stem)
+        if not stamp:
+            return Verdict(CHANGED, ("no stamp",))
+        used = uses(json.loads(path.read_text("utf-8")), self.package)
+        reasons = ["its cells"] if used.cells != stamp["cells"] else []
+        for file, query, digest in stamp["records"]:
+            if self.answer(file, query) != digest:
+                reasons.append(f"{file} {query}".strip())
+        if reasons:
+            return Verdict(CHANGED, tuple(reasons))
+        depends = self.depends(used.refs, stamp["ran"].split())
+        pairs = zip(used.refs, depends, stamp["depends"])
+        last = lambda text: text.split()[-1]
+        other = [str(ref) for ref, now, then in pairs if last(now) != last(then)]
+        return Verdict(DEPENDENT, tuple(other)) if other else Verdict()
+
+    def refresh(self, path: Path) -> bool:
+        "Run a chapter and stamp it; whether its notebook was written anew."
+        nb = nbformat.read(path, 4)
+        # of the code as it was before: what is edited meanwhile is stale afterwards
+        self.package
+        stamp = self.stamp(nb, *execute(nb, path.stem, self.root))
+        written = save(tidy(nb), path)
+        present = {each.stem for each in chapters(self.nbs)}
+        self.stamps = {k: v for k, v in self.stamps.items() if k in present}
+        self.stamps[path.stem] = stamp
+        text = json.dumps(self.stamps, indent=1, sort_keys=True)
+        write_whole(self.path, TRIPLE.sub(r"[\1, \2, \3]", text) + "\n")
+        return written
 
 
-def folders_read(code):
-    "Folders under results/ that a chapter reads; of the studies only those it names, where it names all."
-    found = [folder for folder, pattern in READS.items() if pattern.search(code)]
-    named = {a or b for a, b in STUDY.findall(code)}
-    if "study" not in found or "" in named:
-        return found
-    return [folder for folder in found if folder != "study"] + [
-        f"study/{name}" for name in sorted(named)
-    ]
+# Running
 
 
-def digest(nb, lib=LIB, results=RESULTS):
-    "Hash of all that a chapter's outputs depend on, inside this repository."
-    code = "\n".join(code_of(nb))
-    seen = modules_reached(code, lib)
-    parts = [code] + [f"{name}\n{seen[name]}" for name in sorted(seen)]
-    acts = "\n".join(
-        source for source in code_of(nb) if "#| eval: false" not in source
-    )  # what Colab needs names results/ too
-    parts += [results_hash(results / folder) for folder in folders_read(acts)]
-    return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]
-
-
-def stale(path):
-    nb = nbformat.read(path, 4)
-    return nb.metadata.get("kdbook", {}).get("ran") != digest(nb)
-
-
-def sections(nb):
+def sections(nb: NotebookNode) -> list[str]:
     "For each cell, the last heading above it."
     heading, out = "", []
     for cell in nb.cells:
         if cell.cell_type == "markdown":
-            heading = next(
-                (m.lstrip("# ") for m in re.findall(r"^#+ .*$", cell.source, re.M)),
-                heading,
-            )
+            found = re.findall(r"^#+ .*$", cell.source, re.M)
+            heading = found[0].lstrip("# ") if found else heading
         out.append(heading)
     return out
 
 
-def execute(nb, name):
-    "Run `nb` in a fresh kernel, in nbs/, with a bar over its cells; a failing cell raises nbclient's CellExecutionError."
+def execute(
+    nb: NotebookNode,  # gets the outputs
+    name: str,  # for the progress bar
+    root: Path = ROOT,  # with nbs/, where it runs, and kdbook/, which it imports
+) -> tuple[list[list[str]], list[str]]:  # records it read; functions that ran
+    """Run a notebook in a fresh kernel.
+
+    A cell that fails raises nbclient's `CellExecutionError`."""
     from nbclient import NotebookClient
 
     for cell in nb.cells:
         if cell.cell_type == "code":
             cell.outputs, cell.execution_count = [], None
-    headings = sections(nb)
-    # the kernel imports this checkout, whether or not the package is installed; IN_TEST would make nbdev skip work
-    os.environ["PYTHONPATH"] = os.pathsep.join(
-        filter(None, [str(ROOT), os.environ.get("PYTHONPATH")])
-    )
-    os.environ.pop("IN_TEST", None)
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    with tqdm(
-        total=sum(cell.cell_type == "code" for cell in nb.cells),
-        desc=name,
-        unit="cell",
-        disable=None,
-    ) as bar:
-        NotebookClient(
-            nb,
-            timeout=1800,
-            kernel_name="python3",
-            record_timing=False,
-            coalesce_streams=True,
-            resources={"metadata": {"path": str(NBS)}},
-            extra_arguments=[
-                "--IPKernelApp.log_level=ERROR"
-            ],  # each kernel would warn that it talks over local TCP
-            on_cell_start=lambda cell, cell_index: bar.set_postfix_str(
+    headings = ["", *sections(nb), "what it read"]
+    path = os.pathsep.join(filter(None, [str(root), os.environ.get("PYTHONPATH")]))
+    env = {"TOKENIZERS_PARALLELISM": "false", **os.environ, "PYTHONPATH": path}
+    env.pop("IN_TEST", None)  # nbdev would skip work
+    tools = str(Path(__file__).resolve().parent)
+    before, after = map(nbformat.v4.new_code_cell, (BEFORE.format(tools=tools), AFTER))
+    nb.cells[:] = [before, *nb.cells, after]
+    count = sum(cell.cell_type == "code" for cell in nb.cells)
+    try:
+        with tqdm(total=count, desc=name, unit="cell", disable=None) as bar:
+            show = lambda cell_index, **_: bar.set_postfix_str(
                 headings[cell_index][:32]
-            ),
-            on_cell_executed=lambda **_: bar.update(),
-        ).execute()
-    return nb
+            )
+            NotebookClient(
+                nb,
+                timeout=1800,
+                kernel_name="python3",
+                record_timing=False,
+                coalesce_streams=True,
+                resources={"metadata": {"path": str(root / "nbs")}},
+                # each kernel would warn that it talks over local TCP
+                extra_arguments=["--IPKernelApp.log_level=ERROR"],
+                on_cell_start=show,
+                on_cell_executed=lambda **_: bar.update(),
+            ).execute(env=env)
+    finally:
+        nb.cells[:] = nb.cells[1:-1]
+    reads, ran = json.loads(after.outputs[-1].text)
+    return reads, ran
 
 
-def without_bars(text):
+def without_bars(text: str) -> str:
     "`text` as a terminal would leave it, less the lines of progress bars."
-    lines = [
-        line.rsplit("\r", 1)[-1]
-        for line in text.replace("\r\n", "\n").rstrip("\r").split("\n")
-    ]
+    lines = text.replace("\r\n", "\n").rstrip("\r").split("\n")
+    lines = [line.rsplit("\r", 1)[-1] for line in lines]
     return "\n".join(line for line in lines if not PROGRESS.search(line))
 
 
-def tidy(nb):
-    "Leave out what only a live kernel can show: widget views that have an HTML twin, and progress bars."
+def tidied(output: NotebookNode) -> NotebookNode | None:
+    "An output without what only a live kernel can show; None where nothing is left."
+    data = output.get("data", {})
+    if output.output_type == "stream":
+        output.text = without_bars(output.text)
+        return output if output.text.strip() else None
+    if VIEW in data and "text/html" in data:
+        data.pop(VIEW)  # Quarto prefers the widget view when both are there
+    elif VIEW in data and PROGRESS.search(data.get("text/plain", "")):
+        return None
+    return output
+
+
+def tidy(nb: NotebookNode) -> NotebookNode:
+    "Leave out progress bars, and widget views that have an HTML twin."
     for cell in nb.cells:
-        kept = []
-        for out in cell.get("outputs", []):
-            data = out.get("data", {})
-            if out.output_type == "stream":
-                out.text = without_bars(out.text)
-                if not out.text.strip():
-                    continue
-            elif VIEW in data:
-                if "text/html" not in data and PROGRESS.search(
-                    data.get("text/plain", "")
-                ):
-                    continue
-                if "text/html" in data:
-                    data.pop(VIEW)  # Quarto prefers the widget view when both are there
-            kept.append(out)
         if cell.cell_type == "code":
-            cell.outputs = kept
+            outputs = map(tidied, cell.get("outputs", []))
+            cell.outputs = [output for output in outputs if output]
     nb.metadata.pop("widgets", None)
     return nb
 
 
-def save(nb, path):
-    "Write `nb` as nbdev_clean leaves it, whole or not at all."
-    from nbdev.clean import clean_nb
-
-    clean_nb(nb, allowed_metadata_keys=["kdbook"])
+def write_whole(path: Path, text: str) -> None:
     part = path.with_suffix(".partial")
-    nbformat.write(nbformat.from_dict(nb), part)
+    part.write_text(text, encoding="utf-8")
     part.replace(path)
 
 
-def refresh(path):
-    nb = tidy(execute(nbformat.read(path, 4), path.stem))
-    nb.metadata["kdbook"] = {"ran": digest(nb)}
-    save(nb, path)
+def save(nb: NotebookNode, path: Path) -> bool:
+    "Write a notebook as nbdev_clean leaves it, if that is not what is there."
+    from nbdev.clean import clean_nb
+
+    clean_nb(nb)
+    text = nbformat.writes(nbformat.from_dict(nb))
+    if json.loads(text) == json.loads(path.read_text(encoding="utf-8")):
+        return False
+    write_whole(path, text + "\n")
+    return True
 
 
-def explain(error):
+def explain(error: Exception) -> str:
     "A failed cell's traceback, without colours where no terminal shows them."
-    return (
-        str(error) if sys.stderr.isatty() else re.sub(r"\x1b\[[0-9;]*m", "", str(error))
-    )
+    text = str(error)
+    return text if sys.stderr.isatty() else re.sub(r"\x1b\[[0-9;]*m", "", text)
 
 
-def main(args):
+def main(argv: list[str] | None = None, book: Book | None = None) -> bool:
+    "Exit code: true where a chapter failed or, with --check, is stale."
     from nbclient.exceptions import CellExecutionError
 
-    named = [Path(arg).resolve() for arg in args if not arg.startswith("--")]
-    old = [path for path in named or chapters() if stale(path)]
-    print("stale:", ", ".join(path.stem for path in old) or "none")
-    if "--check" in args:
-        return bool(old)
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n\n")[0])
+    parser.add_argument("notebooks", nargs="*", type=Path, help="stale or not")
+    parser.add_argument("--check", action="store_true", help="run nothing")
+    args = parser.parse_args(argv)
+    book = book or Book()
+    named = [path.resolve() for path in args.notebooks]
+    found = {path: book.verdict(path) for path in named or chapters(book.nbs)}
+    stale = [path for path, verdict in found.items() if verdict.kind != FRESH]
+    for path in stale:
+        print(f"{path.stem}: {found[path]}")
+    if not stale:
+        print("all outputs are fresh")
+    if args.check:
+        return bool(stale)
     failed = []
-    for path in named or old:
+    for path in named or stale:
         start = time.monotonic()
         try:
-            refresh(path)
+            written = book.refresh(path)
         except CellExecutionError as error:
-            print(
-                f"{path.name} failed and keeps its old outputs.\n{explain(error)}",
-                file=sys.stderr,
-            )
+            problem = f"{path.name} failed and keeps its old outputs."
+            print(f"{problem}\n{explain(error)}", file=sys.stderr)
             failed.append(path.stem)
         else:
-            print(f"{path.stem}: {time.monotonic() - start:.0f} s", flush=True)
+            outputs = "new outputs" if written else "outputs as before"
+            print(
+                f"{path.stem}: {time.monotonic() - start:.0f} s, {outputs}", flush=True
+            )
     if failed:
         print("failed:", ", ".join(failed), file=sys.stderr)
     return bool(failed)
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(main())

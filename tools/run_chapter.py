@@ -1,4 +1,7 @@
-"""Run one chapter from clean into _run/NAME.ipynb, and leave nbs/ as it is: python tools/run_chapter.py annealing_kd"""
+"""Run one chapter from clean into _run/NAME.ipynb, and leave nbs/ as it is.
+
+python tools/run_chapter.py annealing_kd
+"""
 
 import sys
 import time
@@ -8,11 +11,9 @@ import refresh
 from nbclient.exceptions import CellExecutionError
 
 
-def main(name):
-    source, target = (
-        refresh.NBS / f"{name}.ipynb",
-        refresh.ROOT / "_run" / f"{name}.ipynb",
-    )
+def main(name: str) -> int:  # exit code
+    source = refresh.NBS / f"{name}.ipynb"
+    target = refresh.ROOT / "_run" / f"{name}.ipynb"
     if not source.exists():
         known = ", ".join(path.stem for path in refresh.chapters())
         print(f"no chapter {name!r}; the chapters are: {known}", file=sys.stderr)
@@ -23,18 +24,14 @@ def main(name):
     try:
         refresh.execute(nb, name)
     except CellExecutionError as error:
-        print(
-            f"{source.relative_to(refresh.ROOT)} failed:\n{refresh.explain(error)}",
-            file=sys.stderr,
-        )
+        place = source.relative_to(refresh.ROOT)
+        print(f"{place} failed:\n{refresh.explain(error)}", file=sys.stderr)
         return 1
-    finally:
-        nbformat.write(
-            refresh.tidy(nb), target
-        )  # after a failure too: it shows how far the run came
-    print(
-        f"{name}: every cell ran, in {time.monotonic() - start:.0f} s; see {target.relative_to(refresh.ROOT)}"
-    )
+    finally:  # after a failure too: it shows how far the run came
+        nbformat.write(refresh.tidy(nb), target)
+    seconds = f"{time.monotonic() - start:.0f} s"
+    place = target.relative_to(refresh.ROOT)
+    print(f"{name}: every cell ran, in {seconds}; see {place}")
     return 0
 
 

@@ -41,11 +41,11 @@ from kdbook.records.settings import (
 )
 from kdbook.records.store import (
     append_record,
-    find_run,
     ladder_file,
     pack,
     provenance,
     read_lines,
+    read_record,
 )
 from ..rows import predict_logits
 from ..training import Recipe, Run, Stage, fit, settings_of
@@ -275,7 +275,7 @@ def run_calls(
 # %% ../../nbs/lab_run.ipynb #948b03fe
 def _is_missing(setting_name: str, method: str, lr: float, seed: int) -> bool:
     "Whether a run is still to be done. Raises `ValueError` for one done differently."
-    record = find_run(setting_name, method, lr, seed)
+    record = read_record(setting_name, method, lr, seed)
     if record is None:
         return True
     changed = differences(record["recipe"], recipe_of(setting_name, method, lr))

@@ -6,14 +6,12 @@
 __all__ = ['chosen_lr', 'standing', 'reported', 'correct', 'recorded', 'Rung', 'ladder', 'ladder_table', 'ladder_plot']
 
 # %% ../../nbs/records_ladder.ipynb #861d19e2
-import json
 from dataclasses import dataclass
 from typing import Any, Iterable
 
 import numpy as np
 
 from ..evaluation import Difference, paired_difference
-from ..files import note_read, results_dir
 from kdbook.records.settings import (
     METHODS,
     SEARCH_SEEDS,
@@ -25,10 +23,11 @@ from kdbook.records.settings import (
     settings_for,
 )
 from kdbook.records.store import (
-    find_run,
     labels_of,
     provenance_note,
+    read_record,
     runs_of,
+    teacher_scores,
     unpack,
 )
 
@@ -37,7 +36,7 @@ def _search_score(setting_name: str, method: str, lr: float | None) -> float | N
     "Mean validation score over the search seeds; None where they are not all there."
     if lr is None:
         return None
-    runs = [find_run(setting_name, method, lr, seed) for seed in SEARCH_SEEDS]
+    runs = [read_record(setting_name, method, lr, seed) for seed in SEARCH_SEEDS]
     if None in runs:
         return None
     scores = [r["best"]["score"] if r["best"] else -np.inf for r in runs]
@@ -185,14 +184,12 @@ def _rung(setting_name: str, method: str) -> Rung:
 def _teacher_rung(setting_name: str) -> Rung:
     "The ceiling."
     setting = setting_of(setting_name)
-    path = results_dir() / "teacher" / f"{TEACHERS.get(setting.task)}.json"
-    if setting.noise or not path.exists():
+    if setting.noise or setting.task not in TEACHERS:
         runs = reported(setting_name, "hinton")
         accuracy = float(np.mean([r["teacher_accuracy"] for r in runs]))
         scores = {"test": {"accuracy": accuracy, "nll": float("nan")}}
     else:
-        note_read(path)
-        scores = json.loads(path.read_text(encoding="utf-8"))["splits"]
+        scores = teacher_scores(TEACHERS[setting.task])
     trained_on = ("train", "validation", "test")
     outside = {s: v["accuracy"] for s, v in scores.items() if s not in trained_on}
     test = (scores["test"]["accuracy"], float("nan"))

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['SETTINGS', 'SMALL', 'SEARCH_SEEDS', 'BASELINES', 'METHODS', 'WEIGHTS', 'TIMES', 'ON_KD', 'LADDERS', 'NOT_RUN',
-           'ROBUST', 'LINE_AT', 'TRAIL', 'TEACHERS', 'DIGITS_TRAIL', 'PLAIN', 'WAYS', 'Setting', 'NoisySetting',
-           'setting_of', 'Method', 'has_pool', 'has_words', 'ladder_of', 'rungs_of', 'settings_for']
+           'ROBUST', 'LINE_AT', 'TRAIL', 'TEACHERS', 'DIGITS_TRAIL', 'PLAIN', 'WAYS', 'STUDY_NAMES', 'Setting',
+           'NoisySetting', 'setting_of', 'Method', 'has_pool', 'has_words', 'ladder_of', 'rungs_of', 'settings_for']
 
 # %% ../../nbs/records_settings.ipynb #6ad75447
 from dataclasses import dataclass
@@ -421,3 +421,14 @@ WAYS = {  # title, whether stage one comes first, the objective of stage two
     "hinton": ("plain KD", False, "hinton"),
     "alone": ("labels alone", False, "labels"),
 }
+
+STUDY_NAMES = (
+    "compression",
+    "compression_rates",
+    "cost",
+    "flatness",
+    "landscape",
+    "noise",
+    "robustness",
+    "speed",
+)

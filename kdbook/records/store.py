@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['FORMAT', 'PACKAGES', 'ladder_file', 'study_file', 'DamagedRecord', 'read_lines', 'append_record', 'runs_of',
-           'find_run', 'settings_recorded', 'study_records', 'study_tensors', 'digest', 'provenance', 'provenance_note',
-           'pack', 'unpack', 'rows_file', 'labels_of']
+           'read_record', 'settings_recorded', 'study_records', 'study_tensors', 'teacher_scores', 'digest',
+           'provenance', 'provenance_note', 'pack', 'unpack', 'rows_file', 'labels_of']
 
 # %% ../../nbs/records_store.ipynb #604ccd93
 import base64
@@ -46,12 +46,6 @@ class DamagedRecord(ValueError):
     "A line that cannot be read; the message names it and says what to do."
 
 
-@lru_cache(32)
-def _parsed(path: Path, state: tuple[int, int]) -> tuple[str, ...]:
-    text = path.read_text(encoding="utf-8")
-    return tuple(text.split("\n")[:-1])  # what follows the last line end is torn
-
-
 def _record_of(path: Path, number: int, text: str) -> dict[str, Any]:
     try:
         record = json.loads(text)
@@ -66,9 +60,16 @@ def _record_of(path: Path, number: int, text: str) -> dict[str, Any]:
     )
 
 
+@lru_cache(32)
+def _parsed(path: Path, state: tuple[int, int]) -> list[tuple[str, dict[str, Any]]]:
+    # what follows the last line end is torn
+    texts = path.read_text(encoding="utf-8").split("\n")[:-1]
+    return [(text, _record_of(path, n, text)) for n, text in enumerate(texts, 1)]
+
+
 def read_lines(
     path: Path,  # a .jsonl file under `results_dir()`; need not exist
-) -> list[tuple[str, dict[str, Any]]]:  # text and record, the header first
+) -> list[tuple[str, dict[str, Any]]]:  # text and record, the header first; not to edit
     """The lines of a file. A torn last line does not count.
 
     Raises `DamagedRecord` for any other line that cannot be read, and for a format
@@ -76,8 +77,7 @@ def read_lines(
     if not path.exists():
         return []
     stat = path.stat()
-    texts = _parsed(path, (stat.st_mtime_ns, stat.st_size))
-    lines = [(t, _record_of(path, n, t)) for n, t in enumerate(texts, 1)]
+    lines = _parsed(path, (stat.st_mtime_ns, stat.st_size))
     if lines and lines[0][1].get("format") != FORMAT:
         found = lines[0][1].get("format")
         raise DamagedRecord(
@@ -129,7 +129,7 @@ def runs_of(
     return [found[key] for key in sorted(found)]
 
 
-def find_run(
+def read_record(
     setting_name: str,  # a key of SETTINGS
     method: str,  # a key of METHODS
     lr: float,  # peak rate
@@ -167,6 +167,15 @@ def study_tensors(
     path = results_dir() / "study" / study / f"{name}.safetensors"
     note_read(path)
     return load_file(path)
+
+
+def teacher_scores(
+    name: str,  # of a record in results/teacher
+) -> dict[str, dict[str, Any]]:  # split -> rows, accuracy, nll, ...
+    "What a teacher scores on each split. Raises `FileNotFoundError` without a record."
+    path = results_dir() / "teacher" / f"{name}.json"
+    note_read(path)
+    return json.loads(path.read_text(encoding="utf-8"))["splits"]
 
 
 def digest(
