@@ -270,7 +270,7 @@ def _attacked(
     from tqdm.auto import tqdm
 
     texts = list(dataset["text"])
-    labels = [int(label) for label in dataset["label"]]
+    labels = [int(label) for label in dataset["label"][:]]
     pairs = [None] * len(texts)
     if "text_pair" in dataset.column_names:
         pairs = list(dataset["text_pair"])
@@ -327,7 +327,7 @@ def _check_attack(
         )
     if not -1 <= similarity <= 1:
         raise ValueError(f"similarity must be in [-1, 1], got {similarity}")
-    for label in dataset["label"]:
+    for label in dataset["label"][:]:
         if not isinstance(label, int) or label < 0:
             raise ValueError(f"an attack needs class labels 0, 1, ...; found {label!r}")
 

@@ -68,66 +68,44 @@ class Archive:
         return f"{self.requirement.split('==')[0].lower()}-{self.sha256[:8]}"
 
 # %% ../nbs/data.ipynb #7ab5310d
-_RATINGS = {
-    "movieReviewSnippets_GroundTruth.txt": (
-        1383098,
-        "c8293b0d942e90e223ea2c0955d969040d1a1be514a978b9af0698940bd13350",
-    ),
-    "movieReviewSnippets_anonDataRatings.txt": (
-        954033,
-        "658a086bc7239b98b750baa232cab80e6447789020f96a6c847cc1248d7c82f4",
-    ),
-    "amazonReviewSnippets_GroundTruth.txt": (
-        373157,
-        "11a9807a0974a2506a2d3b4851eaf69b3d6d20688ce4923adda2312a4f6dd6c2",
-    ),
-    "amazonReviewSnippets_anonDataRatings.txt": (
-        322811,
-        "d7d909adab91e0b4d5084251fc825f15baff66277c52eaa705b40fc464fa274b",
-    ),
-    "nytEditorialSnippets_GroundTruth.txt": (
-        607629,
-        "7d8fbcce7dde5d716da53e78f4ef4be6b706e9ef1e1d51887e6d0ad4b69cc27e",
-    ),
-    "nytEditorialSnippets_anonDataRatings.txt": (
-        450054,
-        "803c87c5bb529334bb5ed5fca244aa935e5f342bc0a930d91a0f22e978ee39f2",
-    ),
-    "tweets_GroundTruth.txt": (
-        389886,
-        "dfbe7102e2f92579ed8b19df9a3822491880697c67adf712fb66e520cc05102f",
-    ),
-    "tweets_anonDataRatings.txt": (
-        616147,
-        "390d6f8f1b5c7e6f9f94ad7fea1e461ed718312d1856ae71c5812ab8ae943fa6",
-    ),
-}
-_MINILM = {
-    "config.json": (
-        612,
-        "953f9c0d463486b10a6871cc2fd59f223b2c70184f49815e7efbcab5d8908b41",
-    ),
-    "model.safetensors": (
-        90868376,
-        "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db",
-    ),
-    "special_tokens_map.json": (
-        112,
-        "303df45a03609e4ead04bc3dc1536d0ab19b5358db685b6f3da123d05ec200e3",
-    ),
-    "tokenizer.json": (
-        466247,
-        "be50c3628f2bf5bb5e3a7f17b1f74611b2561a3a27eeab05e5aa30f411572037",
-    ),
-    "tokenizer_config.json": (
-        350,
-        "acb92769e8195aabd29b7b2137a9e6d6e25c476a4f15aa4355c233426c61576b",
-    ),
-    "vocab.txt": (
-        231508,
-        "07eced375cec144d27c900241f3e339478dec958f92fddbc551f295c992038a3",
-    ),
-}
+def _pinned(table: str) -> dict[str, tuple[int, str]]:
+    "File name -> (bytes, sha256), from words in that order."
+    words = table.split()
+    return {n: (int(size), sha) for n, size, sha in zip(*[iter(words)] * 3)}
+
+
+_RATINGS = _pinned("""
+    movieReviewSnippets_GroundTruth.txt 1383098
+    c8293b0d942e90e223ea2c0955d969040d1a1be514a978b9af0698940bd13350
+    movieReviewSnippets_anonDataRatings.txt 954033
+    658a086bc7239b98b750baa232cab80e6447789020f96a6c847cc1248d7c82f4
+    amazonReviewSnippets_GroundTruth.txt 373157
+    11a9807a0974a2506a2d3b4851eaf69b3d6d20688ce4923adda2312a4f6dd6c2
+    amazonReviewSnippets_anonDataRatings.txt 322811
+    d7d909adab91e0b4d5084251fc825f15baff66277c52eaa705b40fc464fa274b
+    nytEditorialSnippets_GroundTruth.txt 607629
+    7d8fbcce7dde5d716da53e78f4ef4be6b706e9ef1e1d51887e6d0ad4b69cc27e
+    nytEditorialSnippets_anonDataRatings.txt 450054
+    803c87c5bb529334bb5ed5fca244aa935e5f342bc0a930d91a0f22e978ee39f2
+    tweets_GroundTruth.txt 389886
+    dfbe7102e2f92579ed8b19df9a3822491880697c67adf712fb66e520cc05102f
+    tweets_anonDataRatings.txt 616147
+    390d6f8f1b5c7e6f9f94ad7fea1e461ed718312d1856ae71c5812ab8ae943fa6
+""")
+_MINILM = _pinned("""
+    config.json 612
+    953f9c0d463486b10a6871cc2fd59f223b2c70184f49815e7efbcab5d8908b41
+    model.safetensors 90868376
+    53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db
+    special_tokens_map.json 112
+    303df45a03609e4ead04bc3dc1536d0ab19b5358db685b6f3da123d05ec200e3
+    tokenizer.json 466247
+    be50c3628f2bf5bb5e3a7f17b1f74611b2561a3a27eeab05e5aa30f411572037
+    tokenizer_config.json 350
+    acb92769e8195aabd29b7b2137a9e6d6e25c476a4f15aa4355c233426c61576b
+    vocab.txt 231508
+    07eced375cec144d27c900241f3e339478dec958f92fddbc551f295c992038a3
+""")
 
 # %% ../nbs/data.ipynb #8321e5c4
 ARCHIVES = dict(
@@ -759,7 +737,7 @@ def _unify(
     dataset = dataset.select_columns(list(names))
     renamed = {old: new for old, new in names.items() if old != new}
     dataset = dataset.rename_columns(renamed)
-    labelled = [i for i, l in enumerate(dataset["label"]) if l not in (-1, None)]
+    labelled = [i for i, l in enumerate(dataset["label"][:]) if l not in (-1, None)]
     unlabelled = len(dataset) - len(labelled)
     if unlabelled:
         note = f"{name}: {unlabelled:,} unlabelled rows of {split} left out"
@@ -879,14 +857,14 @@ def one_rater(
         rating = ratings[int(draw() * len(ratings))]
         return int(rating > 0 or (rating == 0 and draw() < 0.5))
 
-    return _with_labels(dataset, [vote(ratings) for ratings in dataset["ratings"]])
+    return _with_labels(dataset, [vote(ratings) for ratings in dataset["ratings"][:]])
 
 # %% ../nbs/data.ipynb #90d55817
 def rater_accuracy(
     dataset,  # a split of "movies", with its `human_probs` column
 ) -> float:  # 0.5 to 1
     "Expected accuracy of one rater per sentence, drawn at random; a 0 counts half."
-    rows = zip(dataset["human_probs"], dataset["label"])
+    rows = zip(dataset["human_probs"][:], dataset["label"][:])
     shares = [(probs[2] if label else probs[0]) + probs[1] / 2 for probs, label in rows]
     return sum(shares) / len(dataset)
 
@@ -903,6 +881,6 @@ def hide_labels(
         raise ValueError(f"keep must be between 0 and {len(dataset)} rows, got {keep}")
     visible = set(seeded_order(len(dataset), f"hide {seed}")[:keep])
     labels = [
-        label if i in visible else -100 for i, label in enumerate(dataset["label"])
+        label if i in visible else -100 for i, label in enumerate(dataset["label"][:])
     ]
     return _with_labels(dataset, labels)

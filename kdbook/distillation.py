@@ -140,15 +140,15 @@ def _from_record(dataset: "datasets.Dataset", name: str) -> "datasets.Dataset":
     if "text" in dataset.column_names and "text_crc" in record:
         # the row numbers of other sources overlap
         crc = dict(zip(record["idx"].tolist(), record["text_crc"].tolist()))
-        rows = zip(dataset["idx"], text_crc(dataset).tolist())
+        rows = zip(dataset["idx"][:], text_crc(dataset).tolist())
         place = {i: place[i] for i, checksum in rows if crc.get(i) == checksum}
-    missing = [i for i in dataset["idx"] if i not in place]
+    missing = [i for i in dataset["idx"][:] if i not in place]
     if missing:
         raise KeyError(
             f"record {name!r} lacks {len(missing)} of {len(dataset)} rows, first idx "
             f"{missing[0]}: annotate them with a live teacher"
         )
-    index = [place[i] for i in dataset["idx"]]
+    index = [place[i] for i in dataset["idx"][:]]
     for column in sorted(record):
         if column.startswith("teacher_"):
             dataset = with_column(dataset, column, record[column][index].float())

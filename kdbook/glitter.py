@@ -55,7 +55,7 @@ def make_pool(
         raise ValueError(f"k must be >= 1 variant, got {k}")
     column = "pixel_values" if "pixel_values" in dataset.column_names else "text"
     functions = [_function(way, dataset, generator) for way in ways]
-    inputs = list(dataset.with_format(None)[column])
+    inputs = list(dataset.with_format(None)[column][:])
     rng = random.Random(seed)
     pools = [[] for _ in inputs]
     seen = [{_key(x)} for x in inputs]
@@ -128,7 +128,7 @@ def encode_pool(
 ) -> "datasets.Dataset":  # with `pool_length` (k), and texts with `pool_input_ids`
     "The pool as a student reads it. Raises `ValueError` for rows without a pool."
     k = _pool_size(dataset)
-    present = torch.tensor(dataset["pool_way"]) >= 0
+    present = torch.tensor(dataset["pool_way"][:]) >= 0
     if "pool_text" not in dataset.column_names:
         return with_column(dataset, "pool_length", present.long())
     texts = _flat(dataset)
@@ -139,7 +139,7 @@ def encode_pool(
         padding=True,
         return_token_type_ids=len(texts) == 2,
     )
-    length = torch.tensor(tokens["attention_mask"]).sum(1).view(-1, k) * present
+    length = torch.tensor(tokens["attention_mask"][:]).sum(1).view(-1, k) * present
     dataset = with_column(dataset, "pool_length", length)
     for name in ("input_ids", "token_type_ids"):
         if name in tokens:
@@ -160,11 +160,11 @@ def _pool_size(dataset: Any) -> int:
 
 def _flat(dataset: Any) -> list[list[str]]:
     "Every variant as a text of its own, with its row's second text where there is one."
-    texts = [text for pool in dataset["pool_text"] for text in pool]
+    texts = [text for pool in dataset["pool_text"][:] for text in pool]
     if "text_pair" not in dataset.column_names:
         return [texts]
     k = _pool_size(dataset)
-    return [texts, [pair for pair in dataset["text_pair"] for _ in range(k)]]
+    return [texts, [pair for pair in dataset["text_pair"][:] for _ in range(k)]]
 
 
 def _variants(dataset: Any) -> Any:
@@ -173,7 +173,7 @@ def _variants(dataset: Any) -> Any:
 
     if "pool_text" in dataset.column_names:
         return Dataset.from_dict(dict(zip(("text", "text_pair"), _flat(dataset))))
-    pixels = [x for pool in dataset["pool_pixel_values"] for x in pool]
+    pixels = [x for pool in dataset["pool_pixel_values"][:] for x in pool]
     return Dataset.from_dict({"pixel_values": pixels})
 
 # %% ../nbs/glitter.ipynb #27495f65
@@ -189,7 +189,7 @@ def annotate_pool(
 
     k = _pool_size(dataset)
     variants = annotate(_variants(dataset), teacher, **settings)
-    logits = torch.tensor(variants["teacher_logits"]).view(len(dataset), k, -1)
+    logits = torch.tensor(variants["teacher_logits"][:]).view(len(dataset), k, -1)
     shared = {"tokenizer", "max_length"} & set(settings)
     dataset = encode_pool(dataset, teacher, **{name: settings[name] for name in shared})
     return with_column(dataset, "pool_teacher_logits", logits)
@@ -237,7 +237,7 @@ def keep_closest(
     originals = predict_logits(model, dataset, **settings)[:, None]
     variants = predict_logits(model, _variants(dataset), **settings)
     distance = angular_distance(originals, variants.view(len(dataset), size, -1))
-    missing = torch.tensor(dataset["pool_way"]) < 0
+    missing = torch.tensor(dataset["pool_way"][:]) < 0
     distance[missing | (distance < least)] = torch.inf
     nearest = distance.argsort(dim=1, stable=True)[:, :k].tolist()
     name = "pool_text" if "pool_text" in dataset.column_names else "pool_pixel_values"

@@ -341,7 +341,7 @@ def _labelled(dataset: "datasets.Dataset") -> "datasets.Dataset":
             f"no column 'label' among {dataset.column_names}: "
             "give labelled rows, or a loss of your own"
         )
-    kept = [i for i, label in enumerate(dataset["label"]) if label != -100]
+    kept = [i for i, label in enumerate(dataset["label"][:]) if label != -100]
     if not kept:
         raise ValueError(
             f"all {len(dataset)} labels are -100: "

@@ -135,7 +135,7 @@ def human_label(
         )
     g = torch.Generator().manual_seed(seed)
     votes = []
-    for ratings in dataset["ratings"]:
+    for ratings in dataset["ratings"][:]:
         k = len(ratings) if raters is None else raters
         if not 1 <= k <= len(ratings):
             raise ValueError(

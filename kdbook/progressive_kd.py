@@ -95,7 +95,7 @@ def annotate_trail(
     try:
         for step in trail.steps:
             annotated = annotate(dataset, trail.load(model, step), **settings)
-            logits.append(torch.tensor(annotated["teacher_logits"]))
+            logits.append(torch.tensor(annotated["teacher_logits"][:]))
     finally:
         model.load_state_dict(own_weights)
     dataset = with_column(dataset, "teacher_trail", torch.stack(logits, 1))
@@ -231,7 +231,7 @@ class ProgressiveKD:
         """Raise `ValueError` for trails of different lengths, or shorter than two.
 
         Called by `fit` before it starts."""
-        lengths = sorted({len(row) for row in train["teacher_trail"]})
+        lengths = sorted({len(row) for row in train["teacher_trail"][:]})
         if len(lengths) > 1:
             raise ValueError(
                 "all rows must have a trail of one length, "

@@ -101,7 +101,7 @@ def _losses_at(
     buffers = {name: b.clone() for name, b in student.named_buffers()}
     inputs = {name: batch[name] for name in INPUTS if name in batch}
     with _same_masks(seed, batch["labels"].device):
-        output = functional_call(student, {**weights, **buffers}, kwargs=inputs)
+        output = functional_call(student, {**weights, **buffers}, (), inputs)
     logits = logits_of(output)
     return per_sample_losses(
         logits, batch.get("teacher_logits", logits), batch["labels"], temperature
@@ -457,10 +457,10 @@ def recipe(
     objective = RWKD(meta, temperature, meta_loss, batch_size)
     return Recipe((Stage(objective, epochs, lr, batch_size, name="reweighted"),))
 
-# %% ../nbs/reweighted_kd.ipynb #89e23f7d
+# %% ../nbs/reweighted_kd.ipynb #353a927f
 _Weight = float | tuple[float, float] | Literal["truth", "confidence"]
 
-
+# %% ../nbs/reweighted_kd.ipynb #89e23f7d
 class WeightedKD:
     """The same two losses with weights from elsewhere.
 

@@ -96,7 +96,7 @@ def encode(
             f"{type(model).__name__} has no .tokenizer and the data set no input_ids: "
             "pass tokenizer=, or set model.tokenizer"
         )
-    texts = [dataset[name] for name in ("text", "text_pair") if name in columns]
+    texts = [dataset[name][:] for name in ("text", "text_pair") if name in columns]
     if not texts:
         raise ValueError(
             f"no input column among {columns}: need text, input_ids or pixel_values"
@@ -115,16 +115,16 @@ def encode(
 # %% ../nbs/rows.ipynb #af6e95ac
 def _unpadded(dataset: "datasets.Dataset", name: str) -> list[Tensor]:
     "A column of token numbers, row by row; rows that came padded lose their padding."
-    rows = [torch.tensor(row) for row in dataset[name]]
+    rows = [torch.tensor(row) for row in dataset[name][:]]
     if "attention_mask" not in dataset.column_names:
         return rows
-    masks = [torch.tensor(mask).bool() for mask in dataset["attention_mask"]]
+    masks = [torch.tensor(mask).bool() for mask in dataset["attention_mask"][:]]
     return [row[mask] for row, mask in zip(rows, masks)]
 
 
 def _dense(dataset: "datasets.Dataset", name: str) -> Tensor:
     "A column of numbers, as float32 or int64."
-    values = torch.as_tensor(np.asarray(dataset.with_format("numpy")[name]))
+    values = torch.as_tensor(np.asarray(dataset.with_format("numpy")[name][:]))
     return values.float() if values.is_floating_point() else values.long()
 
 # %% ../nbs/rows.ipynb #deda49b0

@@ -334,7 +334,7 @@ def stage_rows(
     "The rows a stage trains on."
     if getattr(stage.objective, "rows", "all") == "all":
         return list(range(len(train)))
-    return [i for i, label in enumerate(train["label"]) if label != -100]
+    return [i for i, label in enumerate(train["label"][:]) if label != -100]
 
 # %% ../nbs/training.ipynb #6a2a1c77
 _MADE_BY = {"label": "load_task(...)", "teacher_logits": "annotate(train, teacher)"}
@@ -385,7 +385,7 @@ def check_recipe(
         raise ValueError("the training data has no rows")
     if validation is not None and (
         "label" not in validation.column_names
-        or all(label == -100 for label in validation["label"])
+        or all(label == -100 for label in validation["label"][:])
     ):
         raise ValueError(
             f"the validation data has no labelled rows ({len(validation)} rows, "

@@ -379,7 +379,7 @@ def masked_generator(
     """A generator over the teacher's vocabulary.
 
     MiniLM's needs no Hub, but comes unable to guess: see `warm_up`."""
-    hf = need("transformers")
+    hf = need("transformers", "train")
     if name != "minilm":
         model = from_hub(hf.AutoModelForMaskedLM.from_pretrained, name)
         return MaskedGenerator(model, load_tokenizer(name)).eval()

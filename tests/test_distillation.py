@@ -1,6 +1,7 @@
-"""The losses against naive loops; what a teacher writes, what is kept of it, and what that costs."""
+"""The losses against naive loops; what a teacher writes, keeps of it, and costs."""
 
 import math
+import os
 import statistics
 import time
 
@@ -8,10 +9,11 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors.torch import save
 from torch import nn
 
-from kdbook import distillation
 from kdbook.distillation import annotate
+from kdbook.files import save_tensors
 from kdbook.losses import (
     hinton_loss,
     logit_mse,
@@ -19,7 +21,15 @@ from kdbook.losses import (
     soft_target_loss,
     soft_targets,
 )
-from kdbook.rows import Rows, encode, forward, length_sorted, predict_logits
+from kdbook.rows import (
+    Rows,
+    encode,
+    forward,
+    length_sorted,
+    predict_logits,
+    with_column,
+)
+from kdbook.training import Callback
 
 FAST = settings(max_examples=60, deadline=None)
 SHAPES = st.tuples(st.integers(1, 4), st.integers(2, 5))
@@ -28,9 +38,8 @@ SEEDS = st.integers(0, 10_000)
 
 
 def logits(*shape, seed=0, scale=3.0):
-    return scale * torch.randn(
-        *shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64
-    )
+    g = torch.Generator().manual_seed(seed)
+    return scale * torch.randn(*shape, generator=g, dtype=torch.float64)
 
 
 # the losses
@@ -60,31 +69,23 @@ def test_soft_targets_against_a_loop(shape, temperature, seed):
 @given(SHAPES, TEMPERATURES, st.floats(0, 1), SEEDS)
 def test_hinton_loss_against_a_loop(shape, temperature, alpha, seed):
     s, t = logits(*shape, seed=seed), logits(*shape, seed=seed + 1)
-    labels = torch.randint(
-        -1, shape[1], shape[:1], generator=torch.Generator().manual_seed(seed)
-    )
+    g = torch.Generator().manual_seed(seed)
+    labels = torch.randint(-1, shape[1], shape[:1], generator=g)
     labels[labels == -1] = -100
     soft = [naive_kl(a, b, temperature) for a, b in zip(s.tolist(), t.tolist())]
     hard = [
         0.0 if y == -100 else -math.log(naive_softmax(row, 1)[y])
         for row, y in zip(s.tolist(), labels.tolist())
     ]
+    both = [alpha * a + (1 - alpha) * b for a, b in zip(soft, hard)]
     each = hinton_loss(s, t, labels, temperature, alpha, "none")
-    torch.testing.assert_close(
-        each,
-        torch.tensor(
-            [alpha * a + (1 - alpha) * b for a, b in zip(soft, hard)], dtype=s.dtype
-        ),
-    )
-    mean = alpha * sum(soft) / len(soft) + (1 - alpha) * sum(hard) / max(
-        1, sum(labels != -100).item()
-    )
-    assert hinton_loss(s, t, labels, temperature, alpha).item() == pytest.approx(
-        mean, abs=1e-9
-    )
-    torch.testing.assert_close(
-        soft_target_loss(s, t, temperature, "none"), torch.tensor(soft, dtype=s.dtype)
-    )
+    torch.testing.assert_close(each, torch.tensor(both, dtype=s.dtype))
+    labelled = max(1, sum(labels != -100).item())
+    mean = alpha * sum(soft) / len(soft) + (1 - alpha) * sum(hard) / labelled
+    loss = hinton_loss(s, t, labels, temperature, alpha)
+    assert loss.item() == pytest.approx(mean, abs=1e-9)
+    each = soft_target_loss(s, t, temperature, "none")
+    torch.testing.assert_close(each, torch.tensor(soft, dtype=s.dtype))
 
 
 @FAST
@@ -95,28 +96,19 @@ def test_logit_mse_against_a_loop(rows, classes, seed):
         sum((a - b) ** 2 for a, b in zip(x, y)) / classes
         for x, y in zip(s.tolist(), t.tolist())
     ]
-    torch.testing.assert_close(
-        logit_mse(s, t, "none"), torch.tensor(each, dtype=s.dtype)
-    )
+    expected = torch.tensor(each, dtype=s.dtype)
+    torch.testing.assert_close(logit_mse(s, t, "none"), expected)
     assert logit_mse(s, t).item() == pytest.approx(sum(each) / rows)
 
 
 def test_ends_of_alpha():
-    s, t, labels = (
-        logits(5, 3, seed=1),
-        logits(5, 3, seed=2),
-        torch.tensor([0, 2, 1, 1, 0]),
-    )
-    torch.testing.assert_close(
-        hinton_loss(s, t, labels, alpha=0.0), nn.functional.cross_entropy(s, labels)
-    )
-    torch.testing.assert_close(
-        hinton_loss(s, t, labels, 3.0, alpha=1.0), soft_target_loss(s, t, 3.0)
-    )
-    unlabelled = torch.full((5,), -100)
-    torch.testing.assert_close(
-        hinton_loss(s, t, unlabelled, 3.0, alpha=0.3), 0.3 * soft_target_loss(s, t, 3.0)
-    )
+    s, t = logits(5, 3, seed=1), logits(5, 3, seed=2)
+    labels = torch.tensor([0, 2, 1, 1, 0])
+    soft, hard = soft_target_loss(s, t, 3.0), nn.functional.cross_entropy(s, labels)
+    torch.testing.assert_close(hinton_loss(s, t, labels, 3.0, alpha=0.0), hard)
+    torch.testing.assert_close(hinton_loss(s, t, labels, 3.0, alpha=1.0), soft)
+    unlabelled = hinton_loss(s, t, torch.full((5,), -100), 3.0, alpha=0.3)
+    torch.testing.assert_close(unlabelled, 0.3 * soft)
 
 
 @FAST
@@ -139,10 +131,8 @@ def test_gradient_reaches_the_student_only():
         logit_mse,
         lambda s, t: soft_target_loss(s, t, 4.0),
     ):
-        s, t = (
-            logits(4, 3, seed=1).requires_grad_(),
-            logits(4, 3, seed=2).requires_grad_(),
-        )
+        s = logits(4, 3, seed=1).requires_grad_()
+        t = logits(4, 3, seed=2).requires_grad_()
         loss(s, t).backward()
         assert t.grad is None and s.grad.abs().sum() > 0
 
@@ -154,66 +144,66 @@ def test_gradient_reaches_the_student_only():
 )
 def test_a_mask_is_the_same_as_taking_tokens_out(mask, seed):
     mask = torch.tensor(mask)
-    s, t = (
-        logits(*mask.shape, 5, seed=seed).requires_grad_(),
-        logits(*mask.shape, 5, seed=seed + 1),
-    )
+    s = logits(*mask.shape, 5, seed=seed).requires_grad_()
+    t = logits(*mask.shape, 5, seed=seed + 1)
     masked = soft_target_loss(s, t, 2.0, mask=mask)
-    expected = (
-        soft_target_loss(s[mask], t[mask], 2.0)
-        if mask.any()
-        else torch.zeros((), dtype=s.dtype)
-    )
+    expected = torch.zeros((), dtype=s.dtype)
+    if mask.any():
+        expected = soft_target_loss(s[mask], t[mask], 2.0)
     torch.testing.assert_close(masked, expected)
     masked.backward()
-    assert (s.grad[~mask] == 0).all() and bool((s.grad != 0).any()) == bool(mask.any())
+    assert (s.grad[~mask] == 0).all()
+    assert bool((s.grad != 0).any()) == bool(mask.any())
     each = soft_target_loss(s, t, 2.0, "none", mask.long())
-    assert each.shape == mask.shape and (each[~mask] == 0).all()
+    assert each.shape == mask.shape
+    assert (each[~mask] == 0).all()
+
+
+def masked_loss(mask):
+    return soft_target_loss(logits(2, 3), logits(2, 3), mask=mask)
+
+
+def loss_at(alpha):
+    return hinton_loss(logits(2, 3), logits(2, 3), torch.tensor([0, 1]), alpha=alpha)
 
 
 @pytest.mark.parametrize(
     "call, words",
     [
-        (lambda: soft_targets(logits(2, 3), 0), ["temperature", "0"]),
-        (
-            lambda: soft_target_loss(logits(2, 3), logits(2, 3), -1),
-            ["temperature", "-1"],
-        ),
-        (lambda: soft_target_loss(logits(2, 3), logits(2, 4)), ["(2, 3)", "(2, 4)"]),
-        (lambda: soft_target_loss(logits(2, 1), logits(2, 1)), ["logit_mse"]),
-        (
-            lambda: soft_target_loss(logits(2, 3), logits(2, 3), mask=torch.ones(3)),
-            ["(3,)", "(2,)"],
-        ),
-        (lambda: logit_mse(logits(2, 1), logits(2)), ["(2, 1)", "(2,)"]),
-        (
-            lambda: hinton_loss(
-                logits(2, 3), logits(2, 3), torch.tensor([0, 1]), alpha=1.5
-            ),
-            ["alpha", "1.5"],
-        ),
-        (lambda: reduce_loss(logits(3), "sum"), ["reduction", "sum"]),
-        (lambda: length_sorted([3, 2], 0), ["batch_size", "0"]),
+        (lambda: soft_targets(logits(2, 3), 0), "temperature|0"),
+        (lambda: soft_target_loss(logits(2, 3), logits(2, 3), -1), "temperature|-1"),
+        (lambda: soft_target_loss(logits(2, 3), logits(2, 4)), "(2, 3)|(2, 4)"),
+        (lambda: soft_target_loss(logits(2, 1), logits(2, 1)), "logit_mse"),
+        (lambda: masked_loss(torch.ones(3)), "(3,)|(2,)"),
+        (lambda: logit_mse(logits(2, 1), logits(2)), "(2, 1)|(2,)"),
+        (lambda: loss_at(alpha=1.5), "alpha|1.5"),
+        (lambda: reduce_loss(logits(3), "sum"), "reduction|sum"),
+        (lambda: length_sorted([3, 2], 0), "batch_size|0"),
     ],
 )
 def test_bad_input_is_named(call, words):
     with pytest.raises(ValueError) as error:
         call()
-    assert all(word in str(error.value) for word in words), error.value
+    assert all(word in str(error.value) for word in words.split("|")), error.value
 
 
 # models on rows
 
 
 class Counting(nn.Module):
-    "A plain model that returns a tensor and counts its calls; `stop` ends it at a call, as Ctrl-C would."
+    """A plain model that returns a tensor and counts its calls.
+
+    At the call `stop` it ends, as Ctrl-C would."""
 
     def __init__(self, seed=0):
         super().__init__()
         with torch.random.fork_rng():
             torch.manual_seed(seed)
-            self.words, self.head = nn.Embedding(50, 8), nn.Linear(8, 3)
-        self.calls, self.stop, self.dropout = 0, None, nn.Dropout(0.5)
+            self.words = nn.Embedding(50, 8)
+            self.head = nn.Linear(8, 3)
+        self.dropout = nn.Dropout(0.5)
+        self.calls = 0
+        self.stop = None
 
     def forward(self, input_ids, attention_mask):
         assert not torch.is_grad_enabled()
@@ -221,9 +211,8 @@ class Counting(nn.Module):
             raise KeyboardInterrupt
         self.calls += 1
         mask = attention_mask[..., None].float()
-        return self.head(
-            self.dropout((self.words(input_ids) * mask).sum(1) / mask.sum(1))
-        )
+        mean = (self.words(input_ids) * mask).sum(1) / mask.sum(1)
+        return self.head(self.dropout(mean))
 
 
 def tokens(rows=80, seed=0):
@@ -232,33 +221,31 @@ def tokens(rows=80, seed=0):
     g = torch.Generator().manual_seed(seed)
     lengths = torch.randint(1, 12, (rows,), generator=g).tolist()
     ids = [torch.randint(1, 50, (n,), generator=g).tolist() for n in lengths]
-    return Dataset.from_dict(
-        dict(idx=list(range(rows)), input_ids=ids, label=[i % 3 for i in range(rows)])
-    )
+    labels = [i % 3 for i in range(rows)]
+    return Dataset.from_dict(dict(idx=list(range(rows)), input_ids=ids, label=labels))
 
 
 @torch.no_grad()
 def bare_loop(model, data):
     "One row at a time, so nothing is padded."
     model.eval()
-    return torch.cat(
-        [
-            forward(
-                model,
-                {
-                    "input_ids": torch.tensor([ids]),
-                    "attention_mask": torch.ones(1, len(ids), dtype=torch.long),
-                },
-            )
-            for ids in data["input_ids"]
-        ]
-    )
+    rows = []
+    for ids in data["input_ids"]:
+        tokens = torch.tensor([ids])
+        batch = {"input_ids": tokens, "attention_mask": torch.ones_like(tokens)}
+        rows.append(forward(model, batch))
+    return torch.cat(rows)
+
+
+def assert_written(data, model):
+    "The logits in `data` are those of a bare loop."
+    written = torch.tensor(data["teacher_logits"])
+    torch.testing.assert_close(written, bare_loop(model, data))
 
 
 @pytest.fixture
-def cache(tmp_path, monkeypatch):
-    monkeypatch.setenv("KDBOOK_CACHE", str(tmp_path / "cache"))
-    return tmp_path / "cache" / "annotations"
+def cache(own_cache):
+    return own_cache / "annotations"
 
 
 @pytest.fixture(scope="module")
@@ -274,12 +261,8 @@ def sentences():
 def test_padding_changes_nothing(sentences):
     data, model = sentences
     alone = predict_logits(model, data, batch_size=1, progress=False)
-    torch.testing.assert_close(
-        predict_logits(model, data, batch_size=64, progress=False),
-        alone,
-        atol=2e-6,
-        rtol=1e-5,
-    )
+    batched = predict_logits(model, data, batch_size=64, progress=False)
+    torch.testing.assert_close(batched, alone, atol=2e-6, rtol=1e-5)
     torch.testing.assert_close(bare_loop(model, data), alone, atol=2e-6, rtol=1e-5)
     assert alone.std() > 1e-4, "or this test could not fail"
 
@@ -290,27 +273,19 @@ def test_rows_that_come_padded_lose_their_padding(sentences):
     wide = max(map(len, data["input_ids"])) + 3
     padded = [ids + [0] * (wide - len(ids)) for ids in data["input_ids"]]
     masks = [[1] * len(ids) + [0] * (wide - len(ids)) for ids in data["input_ids"]]
-    other = (
-        data.remove_columns("input_ids")
-        .add_column("input_ids", padded)
-        .add_column("attention_mask", masks)
-    )
+    other = with_column(data, "input_ids", padded)
+    other = with_column(other, "attention_mask", masks)
     expected = predict_logits(model, data, progress=False)
-    torch.testing.assert_close(
-        predict_logits(model, other, progress=False), expected, atol=2e-6, rtol=1e-5
-    )
+    unpadded = predict_logits(model, other, progress=False)
+    torch.testing.assert_close(unpadded, expected, atol=2e-6, rtol=1e-5)
 
 
 def test_predict_logits_leaves_the_model_as_it_was():
     model, data = Counting(), tokens()
     model.train()
-    first, second = (
-        predict_logits(model, data, 7, progress=False),
-        predict_logits(model, data, 7, progress=False),
-    )
-    assert model.training and torch.equal(first, second), (
-        "evaluation mode inside, training mode after"
-    )
+    first, second = (predict_logits(model, data, 7, progress=False) for _ in range(2))
+    assert torch.equal(first, second)  # evaluation mode inside
+    assert model.training  # and training mode after
     torch.testing.assert_close(first, bare_loop(model, data))
     model.train()
     model.calls, model.stop = 0, 2
@@ -324,9 +299,8 @@ def test_predict_logits_leaves_the_model_as_it_was():
 def test_length_sorted_batches(lengths, batch_size):
     batches = length_sorted(lengths, batch_size)
     order = sum(batches, [])
-    assert sorted(order) == list(range(len(lengths))) and all(
-        len(b) == batch_size for b in batches[:-1]
-    )
+    assert sorted(order) == list(range(len(lengths)))
+    assert all(len(batch) == batch_size for batch in batches[:-1])
     assert [lengths[i] for i in order] == sorted(lengths, reverse=True)
 
 
@@ -335,12 +309,10 @@ def test_rows_are_padded_to_the_longest_of_the_batch():
     batch = Rows(data, ("label",), pad_id=9).batch([4, 1, 3])
     wanted = [data["input_ids"][i] for i in (4, 1, 3)]
     wide = max(map(len, wanted))
-    assert batch["input_ids"].tolist() == [
-        ids + [9] * (wide - len(ids)) for ids in wanted
-    ]
-    assert batch["attention_mask"].tolist() == [
-        [1] * len(ids) + [0] * (wide - len(ids)) for ids in wanted
-    ]
+    padded = [ids + [9] * (wide - len(ids)) for ids in wanted]
+    masks = [[1] * len(ids) + [0] * (wide - len(ids)) for ids in wanted]
+    assert batch["input_ids"].tolist() == padded
+    assert batch["attention_mask"].tolist() == masks
     assert batch["labels"].tolist() == [1, 1, 0]
 
 
@@ -363,33 +335,25 @@ def test_no_input_and_no_tokenizer_are_named():
 def test_annotate_writes_what_a_bare_loop_finds(cache):
     model, data = Counting(), tokens()
     for keep in (True, False):
-        found = annotate(data, model, batch_size=4, cache=keep, progress=False)
-        torch.testing.assert_close(
-            torch.tensor(found["teacher_logits"]), bare_loop(model, data)
-        )
-        assert found["idx"] == data["idx"] and found["label"] == data["label"]
-    again = annotate(found, model, batch_size=4, progress=False)
-    assert (
-        again.column_names == found.column_names
-        and again["teacher_logits"] == found["teacher_logits"]
-    )
+        written = annotate(data, model, batch_size=4, cache=keep, progress=False)
+        assert_written(written, model)
+        assert written["idx"] == data["idx"] and written["label"] == data["label"]
+    again = annotate(written, model, batch_size=4, progress=False)
+    assert again.column_names == written.column_names
+    assert again["teacher_logits"] == written["teacher_logits"]
 
 
 def test_a_second_call_does_not_run_the_teacher(cache):
     model, data = Counting(), tokens()
-    first = annotate(data, model, batch_size=2, progress=False)
+    quick = dict(batch_size=2, progress=False)
+    first = annotate(data, model, **quick)
     assert model.calls == 40 and len(list(cache.iterdir())) == 1
-    second = annotate(data, model, batch_size=2, progress=False)
-    same_inputs = annotate(
-        data.remove_columns("label"), Counting(), batch_size=2, progress=False
-    )
-    assert (
-        model.calls == 40
-        and second["teacher_logits"]
-        == first["teacher_logits"]
-        == same_inputs["teacher_logits"]
-    )
-    annotate(data, model, batch_size=2, cache=False, progress=False)
+    second = annotate(data, model, **quick)
+    same_inputs = annotate(data.remove_columns("label"), Counting(), **quick)
+    assert model.calls == 40
+    assert second["teacher_logits"] == first["teacher_logits"]
+    assert same_inputs["teacher_logits"] == first["teacher_logits"]
+    annotate(data, model, cache=False, **quick)
     assert model.calls == 80
 
 
@@ -405,11 +369,9 @@ def test_other_weights_rows_or_batches_are_another_entry(cache):
         (data.select([1, 0, *range(2, 80)]), Counting(), 4),
     ]
     for n, (rows, model, size) in enumerate(calls, 1):
-        found = annotate(rows, model, batch_size=size, progress=False)
+        written = annotate(rows, model, batch_size=size, progress=False)
         assert model.calls > 0 and len(list(cache.iterdir())) == n
-        torch.testing.assert_close(
-            torch.tensor(found["teacher_logits"]), bare_loop(model, rows)
-        )
+        assert_written(written, model)
 
 
 def test_interrupted_annotate_goes_on_from_its_shards(cache):
@@ -417,15 +379,12 @@ def test_interrupted_annotate_goes_on_from_its_shards(cache):
     model.stop = 37  # two shards of 16 batches are written
     with pytest.raises(KeyboardInterrupt):
         annotate(data, model, batch_size=2, progress=False)
-    model.calls, model.stop = 0, None
-    found = annotate(data, model, batch_size=2, progress=False)
+    model.calls = 0
+    model.stop = None
+    resumed = annotate(data, model, batch_size=2, progress=False)
     assert model.calls == 8
-    assert (
-        found["teacher_logits"]
-        == annotate(data, Counting(), batch_size=2, cache=False, progress=False)[
-            "teacher_logits"
-        ]
-    )
+    whole = annotate(data, Counting(), batch_size=2, cache=False, progress=False)
+    assert resumed["teacher_logits"] == whole["teacher_logits"]
 
 
 def test_killed_before_the_rename_leaves_no_shard(cache, monkeypatch):
@@ -435,35 +394,32 @@ def test_killed_before_the_rename_leaves_no_shard(cache, monkeypatch):
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(distillation.os, "replace", killed)
+        patch.setattr(os, "replace", killed)
         annotate(data, model, batch_size=2, progress=False)
     assert model.calls == 16 and not list(cache.rglob("[0-9]*.safetensors"))
-    found = annotate(data, model, batch_size=2, progress=False)
+    written = annotate(data, model, batch_size=2, progress=False)
     assert model.calls == 56
-    torch.testing.assert_close(
-        torch.tensor(found["teacher_logits"]), bare_loop(model, data)
-    )
+    assert_written(written, model)
 
 
-@pytest.mark.parametrize("damage", ["empty", "cut", "garbage", "other rows"])
+DAMAGE = {
+    "empty": lambda whole: b"",
+    "cut": lambda whole: whole[:-5],
+    "garbage": lambda whole: b"\xff" * len(whole),
+    "other rows": lambda whole: save({"logits": torch.zeros(3, 3)}),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
 def test_a_damaged_shard_is_computed_again(cache, damage):
-    from safetensors.torch import save_file
-
     model, data = Counting(), tokens()
     first = annotate(data, model, batch_size=2, progress=False)
     shard = sorted(cache.rglob("*.safetensors"))[1]
     whole = shard.read_bytes()
-    if damage == "other rows":
-        save_file({"logits": torch.zeros(3, 3)}, shard)
-    else:
-        shard.write_bytes(
-            {"empty": b"", "cut": whole[:-5], "garbage": b"\xff" * len(whole)}[damage]
-        )
+    shard.write_bytes(DAMAGE[damage](whole))
     model.calls = 0
-    assert (
-        annotate(data, model, batch_size=2, progress=False)["teacher_logits"]
-        == first["teacher_logits"]
-    )
+    again = annotate(data, model, batch_size=2, progress=False)
+    assert again["teacher_logits"] == first["teacher_logits"]
     assert model.calls == 16 and shard.read_bytes() == whole
 
 
@@ -472,10 +428,8 @@ def test_a_cache_that_cannot_be_written_costs_only_the_cache(tmp_path, monkeypat
     monkeypatch.setenv("KDBOOK_CACHE", str(tmp_path / "file" / "cache"))
     model, data = Counting(), tokens()
     with pytest.warns(UserWarning, match="cannot be written"):
-        found = annotate(data, model, batch_size=2, progress=False)
-    torch.testing.assert_close(
-        torch.tensor(found["teacher_logits"]), bare_loop(model, data)
-    )
+        written = annotate(data, model, batch_size=2, progress=False)
+    assert_written(written, model)
 
 
 def test_a_full_cache_is_read_without_writing(cache, monkeypatch):
@@ -485,43 +439,39 @@ def test_a_full_cache_is_read_without_writing(cache, monkeypatch):
     def refuse(*_):
         raise PermissionError("read-only")
 
-    monkeypatch.setattr(distillation.os, "replace", refuse)
-    assert (
-        annotate(data, model, batch_size=2, progress=False)["teacher_logits"]
-        == first["teacher_logits"]
-    )
+    monkeypatch.setattr(os, "replace", refuse)
+    again = annotate(data, model, batch_size=2, progress=False)
+    assert again["teacher_logits"] == first["teacher_logits"]
 
 
 # records
 
 
 @pytest.fixture
-def record(tmp_path, monkeypatch):
-    from safetensors.torch import save_file
-
-    (tmp_path / "teacher").mkdir()
-    trail = torch.arange(2 * 4 * 3).reshape(2, 4, 3).half()
-    save_file(
-        dict(
-            idx=torch.tensor([7, 3, 9, 1]),
-            trail=trail,
-            trail_steps=torch.tensor([5, 10]),
-        ),
-        tmp_path / "teacher" / "old.safetensors",
+def trail(tmp_path, monkeypatch):
+    "Of the rows 7, 3, 9 and 1, at two checkpoints and for three classes."
+    trail = torch.arange(4 * 2 * 3).reshape(4, 2, 3).half()
+    record = dict(
+        idx=torch.tensor([7, 3, 9, 1]),
+        teacher_trail=trail,
+        teacher_logits=trail[:, -1].contiguous(),
+        trail_steps=torch.tensor([5, 10]),
     )
+    save_tensors(record, tmp_path / "teacher" / "old.safetensors")
     monkeypatch.setenv("KDBOOK_RESULTS", str(tmp_path))
     return trail.float()
 
 
-def test_a_record_is_read_by_row_number(record):
+def test_a_record_is_read_by_row_number(trail):
     from datasets import Dataset
 
-    found = annotate(Dataset.from_dict(dict(idx=[1, 7, 3])), "old")
-    assert found["teacher_trail"] == record[:, [3, 0, 1]].transpose(0, 1).tolist()
-    assert found["teacher_logits"] == record[-1, [3, 0, 1]].tolist()
+    written = annotate(Dataset.from_dict(dict(idx=[1, 7, 3])), "old")
+    assert written.column_names == ["idx", "teacher_logits", "teacher_trail"]
+    assert written["teacher_trail"] == trail[[3, 0, 1]].tolist()
+    assert written["teacher_logits"] == trail[[3, 0, 1], -1].tolist()
 
 
-def test_unknown_records_and_rows_are_named(record):
+def test_unknown_records_and_rows_are_named(trail):
     from datasets import Dataset
 
     with pytest.raises(FileNotFoundError, match="new.*'old'"):
@@ -533,26 +483,20 @@ def test_unknown_records_and_rows_are_named(record):
 # what it costs
 
 
-def cpu_seconds(f):
-    "CPU time of one call: other programs on the machine do not count, as they do in wall time."
+def cpu_seconds(work):
+    "CPU time of one call; unlike wall time, it leaves other programs out."
     started = time.process_time()
-    f()
+    work()
     return time.process_time() - started
-
-
-@pytest.fixture
-def one_thread():
-    was = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(was)
 
 
 @pytest.mark.slow
 def test_annotate_keeps_nine_tenths_of_the_bare_speed(
     tmp_path, monkeypatch, one_thread
 ):
-    "The whole call, fingerprint and cache files too, against the forward passes alone on the same batches."
+    """The whole call, with fingerprint and cache files.
+
+    It is held against the forward passes alone on the same batches."""
     from kdbook.data import load_task
     from kdbook.models import student
 
@@ -566,71 +510,64 @@ def test_annotate_keeps_nine_tenths_of_the_bare_speed(
         for batch in batches:
             forward(model, batch)
 
+    annotate(data.select(range(64)), model, cache=False, progress=False)  # warms up
     ratios = []
-    for n in range(8):
+    for n in range(7):
         monkeypatch.setenv("KDBOOK_CACHE", str(tmp_path / str(n)))
-        b, a = (
-            cpu_seconds(bare),
-            cpu_seconds(lambda: annotate(data, model, progress=False)),
+        alone = cpu_seconds(bare)
+        ratios.append(
+            alone / cpu_seconds(lambda: annotate(data, model, progress=False))
         )
-        if n:
-            ratios.append(b / a)  # the first round warms up
-        if n >= 4 and statistics.median(ratios) >= 0.9:
+        if n >= 2 and statistics.median(ratios) >= 0.9:
             break
     print(f"annotate runs at {statistics.median(ratios):.3f} of the bare speed")
     assert statistics.median(ratios) >= 0.9, ratios
 
 
-class StepTimes:
-    "A callback that notes the CPU time between updates."
+class StepTimes(Callback):
+    "Notes the CPU time between updates."
 
-    def __new__(cls):
-        from kdbook.training import Callback
+    def __init__(self):
+        self.at = []
 
-        class Times(Callback):
-            def __init__(self):
-                self._at = []
+    def settings(self):
+        return {}
 
-            def after_step(self, run, progress):
-                self._at.append(time.process_time())
+    def after_step(self, run, progress):
+        self.at.append(time.process_time())
 
-            def steps(self):
-                return [b - a for a, b in zip(self._at, self._at[1:])]
-
-        return Times()
+    def steps(self):
+        return [b - a for a, b in zip(self.at, self.at[1:])]
 
 
 @pytest.mark.slow
 def test_a_step_on_cached_logits_costs_what_fine_tuning_costs(one_thread):
-    "Measured near 1.00; 1.15 leaves room for a busy machine and none for a teacher that runs along."
+    "Near 1.00; 1.15 leaves room for a busy machine, and none for a teacher alongside."
     from kdbook.annealing_kd import AnnealingKD
     from kdbook.data import load_task
     from kdbook.models import student
     from kdbook.training import CrossEntropy, Hinton, LogitMSE, Recipe, Stage, fit
 
-    model, objectives = (
-        student(layers=2, width=128),
-        [CrossEntropy(), Hinton(), LogitMSE(), AnnealingKD(1)],
-    )
-    data = load_task("movies")["train"].select(range(480))
-    data = encode(data.add_column("teacher_logits", logits(480, 2).tolist()), model)
+    model = student(layers=1, width=128)
+    objectives = [CrossEntropy(), Hinton(), LogitMSE(), AnnealingKD(1)]
+    data = load_task("movies")["train"].select(range(192))
+    data = encode(with_column(data, "teacher_logits", logits(192, 2)), model)
 
     def steps(objective):  # one seed: the same batches in the same order
         times = StepTimes()
         fit(model, Recipe((Stage(objective, 1),), (times,)), data, progress=False)
         return times.steps()
 
-    ratios = {type(o).__name__: [] for o in objectives[1:]}
+    ratios = {type(objective).__name__: [] for objective in objectives[1:]}
     for n in range(8):
         order = objectives[n % 4 :] + objectives[: n % 4]
-        found = {type(o).__name__: steps(o) for o in order}
-        plain = found.pop("CrossEntropy")
-        if n:  # the first round warms up
-            for name, times in found.items():
-                ratios[name] += [b / a for a, b in zip(plain, times)]
-        medians = {
-            name: round(statistics.median(r), 3) for name, r in ratios.items() if r
-        }
+        times = {type(objective).__name__: steps(objective) for objective in order}
+        plain = times.pop("CrossEntropy")
+        if not n:  # the first round warms up
+            continue
+        for name, seconds in times.items():
+            ratios[name] += [b / a for a, b in zip(plain, seconds)]
+        medians = {name: statistics.median(values) for name, values in ratios.items()}
         if n >= 4 and max(medians.values()) <= 1.05:
             break
     print(f"a step costs, in fine-tuning steps: {medians}")

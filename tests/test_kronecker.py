@@ -1,7 +1,8 @@
-"""Kronecker products against dense ones, KroneckerBERT through Hugging Face's own doors, and the two stages."""
+"""Kronecker products against dense ones, KroneckerBERT on disk, and the two stages."""
 
 import subprocess
 import sys
+from collections import defaultdict
 
 import numpy as np
 import pytest
@@ -30,16 +31,13 @@ HEADS = (
     transformers.BertForSequenceClassification,
     transformers.BertForMaskedLM,
 )
-AUTO = dict(
-    zip(
-        HEADS,
-        (
-            transformers.AutoModel,
-            transformers.AutoModelForSequenceClassification,
-            transformers.AutoModelForMaskedLM,
-        ),
-    )
-)
+AUTO = {
+    transformers.BertModel: transformers.AutoModel,
+    transformers.BertForSequenceClassification: (
+        transformers.AutoModelForSequenceClassification
+    ),
+    transformers.BertForMaskedLM: transformers.AutoModelForMaskedLM,
+}
 
 
 @st.composite
@@ -48,11 +46,8 @@ def weights(draw):
     m1, n1, m2, n2 = (draw(DIVISORS) for _ in range(4))
     rank = draw(st.integers(1, min(m1 * n1, m2 * n2)))
     g = torch.Generator().manual_seed(draw(st.integers(0, 10_000)))
-    return (
-        torch.randn(m1 * m2, n1 * n2, generator=g, dtype=torch.float64),
-        (m1, n1),
-        rank,
-    )
+    weight = torch.randn(m1 * m2, n1 * n2, generator=g, dtype=torch.float64)
+    return weight, (m1, n1), rank
 
 
 def by_entries(a, b):
@@ -92,10 +87,10 @@ def test_every_way_of_multiplying(case, batch, with_bias):
     "Empty batches too; values and all gradients."
     w, shape, rank = case
     g = torch.Generator().manual_seed(1)
-    x, bias = (
-        torch.randn(batch, 2, w.shape[1], generator=g, dtype=torch.float64),
-        torch.randn(len(w), generator=g, dtype=torch.float64) if with_bias else None,
-    )
+    x = torch.randn(batch, 2, w.shape[1], generator=g, dtype=torch.float64)
+    bias = None
+    if with_bias:
+        bias = torch.randn(len(w), generator=g, dtype=torch.float64)
     factors = kr.Factors(
         *(f.requires_grad_() for f in kr.nearest_kronecker(w, shape, rank))
     )
@@ -105,10 +100,8 @@ def test_every_way_of_multiplying(case, batch, with_bias):
     for way in kr.MULTIPLY:
         y = kr.kronecker_linear(x, factors, bias, way)
         torch.testing.assert_close(y, expected)
-        for mine, theirs in zip(
-            torch.autograd.grad(y.square().sum(), (x, *factors)), grads
-        ):
-            torch.testing.assert_close(mine, theirs)
+        way_grads = torch.autograd.grad(y.square().sum(), (x, *factors))
+        torch.testing.assert_close(way_grads, grads)
 
 
 @settings(max_examples=50, deadline=None)
@@ -139,20 +132,22 @@ def test_the_paper_stacks_columns_and_nothing_changes():
 
 
 def test_half_precision_and_views():
-    layer = nn.Linear(24, 18).bfloat16()
-    mine = kr.KroneckerLinear.from_dense(layer, (6, 4), 2)
-    assert mine(torch.randn(3, 24).bfloat16()).dtype == mine.a.dtype == torch.bfloat16
+    dense = nn.Linear(24, 18).bfloat16()
+    layer = kr.KroneckerLinear.from_dense(dense, (6, 4), 2)
+    assert layer(torch.randn(3, 24).bfloat16()).dtype == torch.bfloat16
+    assert layer.a.dtype == torch.bfloat16
     x = torch.randn(24, 7).T  # not contiguous
-    mine = mine.float()
-    torch.testing.assert_close(mine(x), mine.to_dense()(x), atol=1e-5, rtol=1e-5)
+    layer = layer.float()
+    torch.testing.assert_close(layer(x), layer.to_dense()(x), atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize(
-    "entry, says",
+    "entry, message",
     [
         (
             (5, 2),
-            "m1=5 does not divide 32, a side of the 32x16 weight (outputs by inputs): take one of 1, 2, 4, 8, 16, 32",
+            "m1=5 does not divide 32, a side of the 32x16 weight (outputs by inputs): "
+            "take one of 1, 2, 4, 8, 16, 32",
         ),
         ((4, 3), "n1=3 does not divide 16"),
         ((4, 2, 9), "rank must be in 1..8"),
@@ -160,20 +155,20 @@ def test_half_precision_and_views():
         ((0, 2), "m1=0"),
     ],
 )
-def test_wrong_shapes_name_the_layer_and_the_way_out(entry, says):
+def test_wrong_shapes_name_the_layer_and_the_way_out(entry, message):
     with pytest.raises(ValueError, match="intermediate") as e:
         kr.kroneckerize(bert(), {"*.intermediate.dense": entry})
-    assert says in str(e.value)
+    assert message in str(e.value)
 
 
 def test_wrong_specs():
-    for spec, says in (
+    for spec, message in (
         ({}, "empty"),
         ({"*.nothing": (2, 2)}, "means no"),
         ({"*LayerNorm": (2, 2)}, "LayerNorm"),
         ("kronecker-bert-5", "kronecker-bert-8"),
     ):
-        with pytest.raises(ValueError, match=says):
+        with pytest.raises(ValueError, match=message):
             kr.kroneckerize(bert(), spec)
     with pytest.raises(ValueError, match="max_norm"):
         kr.kroneckerize(nn.Sequential(nn.Embedding(8, 4, max_norm=1.0)), {"0": (8, 2)})
@@ -188,10 +183,8 @@ def test_the_exact_model_is_the_model(kind):
         "*.intermediate.dense": (8, 4, 16),
         "*word_embeddings": (40, 4, 4),
     }
-    small, ids = (
-        kr.kroneckerize(dense, exact),
-        torch.tensor([[1, 9, 33, 2], [1, 5, 2, 0]]),
-    )
+    small = kr.kroneckerize(dense, exact)
+    ids = torch.tensor([[1, 9, 33, 2], [1, 5, 2, 0]])
     torch.testing.assert_close(
         small(input_ids=ids)[0], dense(input_ids=ids)[0], atol=1e-4, rtol=1e-3
     )
@@ -221,38 +214,62 @@ def test_saved_and_loaded(kind, tmp_path):
             )
 
 
-FIRST = "import kdbook.kronecker_bert"
+AUTO_CLASS = "AutoModelForSequenceClassification as Auto"
 ORDERS = (
-    f"{FIRST}; from transformers import AutoModelForSequenceClassification as Auto",
-    f"from transformers import AutoModelForSequenceClassification as Auto; {FIRST}",
-    f"{FIRST}; from transformers import AutoConfig; AutoConfig.from_pretrained(sys.argv[1]); from transformers import AutoModelForSequenceClassification as Auto",
-    f"{FIRST}; from transformers import AutoTokenizer, BertModel, pipeline, AutoModelForSequenceClassification as Auto",
+    f"import kdbook.kronecker_bert; from transformers import {AUTO_CLASS}",
+    f"from transformers import {AUTO_CLASS}; import kdbook.kronecker_bert",
+    "import kdbook.kronecker_bert; from transformers import AutoConfig; "
+    f"AutoConfig.from_pretrained(sys.argv[1]); from transformers import {AUTO_CLASS}",
+    "import kdbook.kronecker_bert; "
+    f"from transformers import AutoTokenizer, BertModel, pipeline, {AUTO_CLASS}",
 )
 
 
 @pytest.mark.parametrize("line", ORDERS)
 def test_a_reader_needs_one_import(line, tmp_path):
-    "Before or after transformers, whatever is imported of it first; nothing is asked about remote code."
+    """Before or after transformers, whatever is imported of it first.
+
+    Nothing is asked about remote code."""
     kr.kroneckerize(bert(), SMALL).save_pretrained(tmp_path)
-    code = (
-        f"import sys; {line}; print(type(Auto.from_pretrained(sys.argv[1])).__name__)"
-    )
+    show = "print(type(Auto.from_pretrained(sys.argv[1])).__name__)"
     run = subprocess.run(
-        [sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True
+        [sys.executable, "-c", f"import sys; {line}; {show}", str(tmp_path)],
+        capture_output=True,
+        text=True,
     )
-    assert run.stdout.strip() == "KroneckerBertForSequenceClassification", run.stderr[
-        -2000:
-    ]
+    name = run.stdout.strip()
+    assert name == "KroneckerBertForSequenceClassification", run.stderr[-2000:]
+
+
+ALONE = """
+import sys
+
+sys.modules["transformers"] = None
+import torch
+from kdbook import kronecker
+
+layer = kronecker.KroneckerLinear(8, 8, (2, 2))
+assert layer(torch.ones(1, 8)).shape == (1, 8)
+assert "kdbook.kronecker_bert" not in sys.modules
+try:
+    kronecker.KroneckerBertModel
+except ModuleNotFoundError as e:
+    print(e.name)
+"""
 
 
 def test_it_needs_no_transformers():
-    code = "import sys; sys.modules['transformers'] = None\nimport torch\nfrom kdbook import kronecker\nprint(kronecker.KroneckerLinear(8, 8, (2, 2))(torch.ones(1, 8)).shape)"
-    assert (
-        "torch.Size([1, 8])"
-        in subprocess.run(
-            [sys.executable, "-c", code], capture_output=True, text=True, check=True
-        ).stdout
-    )
+    "Its names for BERT are there, and need transformers when they are asked for."
+    command = [sys.executable, "-c", ALONE]
+    run = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert run.stdout.strip() == "transformers"
+
+
+def test_the_names_of_kronecker_bert_are_those_of_kronecker():
+    for name in ("KroneckerBertConfig", "PRESETS", "recipe", "with_encoder", "TaskKD"):
+        assert getattr(kr, name) is getattr(kb, name)
+    with pytest.raises(AttributeError, match="'kdbook.kronecker' has no .*'TaskKDs'"):
+        kr.TaskKDs
 
 
 def test_fresh_weights_and_frozen_ones():
@@ -314,26 +331,21 @@ def test_onnx(spec, tmp_path):
 )
 @pytest.mark.parametrize("train", [False, True])
 def test_layers_of_every_kind_of_shape(n, m, shape_a, rank, train):
-    "Wide and thin first factors, halves that are dealt out, sums, low rank: values and all gradients of the dense layer."
+    """Wide and thin first factors, halves that are dealt out, sums, low rank.
+
+    Values and all gradients of the dense layer."""
     torch.manual_seed(0)
     layer = kr.KroneckerLinear(n, m, shape_a, rank).double()
-    x, grad = (
-        torch.randn(5, 3, n, dtype=torch.float64, requires_grad=train),
-        torch.randn(5, 3, m, dtype=torch.float64),
-    )
-    if not train:
-        with torch.no_grad():
-            torch.testing.assert_close(
-                layer(x), x @ layer.factors.product().T + layer.bias
-            )
-        return
-    wanted = (x, *layer.parameters())
-    ours, dense = layer(x), x @ layer.factors.product().T + layer.bias
-    for got, want in zip(
-        torch.autograd.grad(ours, wanted, grad),
-        torch.autograd.grad(dense, wanted, grad),
-    ):
-        torch.testing.assert_close(got, want)
+    x = torch.randn(5, 3, n, dtype=torch.float64, requires_grad=train)
+    grad = torch.randn(5, 3, m, dtype=torch.float64)
+    with torch.set_grad_enabled(train):
+        y = layer(x)
+        dense = x @ layer.factors.product().T + layer.bias
+    torch.testing.assert_close(y, dense)
+    if train:
+        inputs = (x, *layer.parameters())
+        grads = torch.autograd.grad(y, inputs, grad)
+        torch.testing.assert_close(grads, torch.autograd.grad(dense, inputs, grad))
 
 
 def test_a_layer_under_autocast_keeps_its_type():
@@ -349,11 +361,10 @@ def test_shared_and_frozen_biases_stay_so():
     net["two"].bias = net["one"].bias
     net["one"].bias.requires_grad_(False)
     small = kr.kroneckerize(net, {"*": (2, 2)})
-    assert (
-        small["one"].bias is small["two"].bias
-        and small["one"].bias is not net["one"].bias
-        and not small["one"].bias.requires_grad
-    )
+    bias = small["one"].bias
+    assert bias is small["two"].bias
+    assert bias is not net["one"].bias
+    assert not bias.requires_grad
 
 
 def test_products_of_nothing_can_learn():
@@ -400,22 +411,24 @@ def test_a_second_compression_fits_every_head(tmp_path):
 @pytest.mark.filterwarnings("ignore")  # tracing warns of every shape it reads
 @pytest.mark.parametrize("shape_a, rank", [((48, 48), 1), ((48, 32), 2), ((24, 1), 5)])
 def test_layers_under_other_tools(shape_a, rank):
-    "Autocast, half precision, vmap, tracing, the compiler's front end, no rows at all: the dense layer's values."
+    """Autocast, half precision, vmap, tracing, the compiler's front end, no rows.
+
+    The dense layer's values every time."""
     torch.manual_seed(0)
-    layer, x = kr.KroneckerLinear(96, 96, shape_a, rank), torch.randn(4, 3, 96)
-    want = layer.to_dense()(x)
+    layer = kr.KroneckerLinear(96, 96, shape_a, rank)
+    x = torch.randn(4, 3, 96)
+    dense = layer.to_dense()(x)
     with torch.autocast("cpu", torch.bfloat16):
-        torch.testing.assert_close(layer(x).float(), want, atol=0.1, rtol=0.1)
-    for found in (
+        torch.testing.assert_close(layer(x).float(), dense, atol=0.1, rtol=0.1)
+    for y in (
         torch.func.vmap(layer)(x),
         torch.jit.trace(layer, x[:2])(x),
         torch.compile(layer, backend="aot_eager")(x),
     ):
-        torch.testing.assert_close(found, want, atol=1e-5, rtol=1e-4)
+        torch.testing.assert_close(y, dense, atol=1e-5, rtol=1e-4)
     assert layer(x[:0]).shape == (0, 3, 96)
-    torch.testing.assert_close(
-        layer.bfloat16()(x.bfloat16()).float(), want, atol=0.1, rtol=0.1
-    )
+    half = layer.bfloat16()(x.bfloat16())
+    torch.testing.assert_close(half.float(), dense, atol=0.1, rtol=0.1)
 
 
 @pytest.mark.parametrize("way", list(kr.MULTIPLY), ids=" ".join)
@@ -424,10 +437,8 @@ def test_onnx_for_every_way(way, shape_a, rank, tmp_path):
     "No way bakes the example's batch size into the graph."
     runtime = pytest.importorskip("onnxruntime")
     pytest.importorskip("onnxscript")
-    layer, free = (
-        kr.KroneckerLinear(48, 24, shape_a, rank),
-        {0: torch.export.Dim.DYNAMIC, 1: torch.export.Dim.DYNAMIC},
-    )
+    layer = kr.KroneckerLinear(48, 24, shape_a, rank)
+    free = {0: torch.export.Dim.DYNAMIC, 1: torch.export.Dim.DYNAMIC}
     layer.eval().way = way
     torch.onnx.export(
         layer,
@@ -439,26 +450,25 @@ def test_onnx_for_every_way(way, shape_a, rank, tmp_path):
         verbose=False,
     )
     x = torch.randn(5, 2, 48)
-    (y,) = runtime.InferenceSession(str(tmp_path / "layer.onnx")).run(
-        None, {"x": x.numpy()}
-    )
+    session = runtime.InferenceSession(str(tmp_path / "layer.onnx"))
+    (y,) = session.run(None, {"x": x.numpy()})
     np.testing.assert_allclose(y, layer(x).detach().numpy(), atol=1e-5)
 
 
 def test_hooks_are_gone_even_after_an_error():
+    "What was kept is no longer filled."
     teacher = bert()
     with pytest.raises(RuntimeError):
-        with kb.watched(teacher):
+        with kb.watched(teacher) as kept:
             raise RuntimeError
-    assert not any(m._forward_hooks or m._forward_pre_hooks for m in teacher.modules())
+    teacher(input_ids=torch.tensor([[1, 9, 33, 2]]))
+    assert not kept
 
 
 def test_only_holes_are_scored():
     "Stage one's masked-LM loss, against all logits; the same draw of holes."
-    teacher, student = (
-        bert(kind=HEADS[2]),
-        kr.kroneckerize(bert(kind=HEADS[2], seed=1), SMALL),
-    )
+    teacher = bert(kind=HEADS[2])
+    student = kr.kroneckerize(bert(kind=HEADS[2], seed=1), SMALL)
     batch = Rows(rows(6), ()).batch(list(range(6)))
     torch.manual_seed(3)
     loss = kb.PretrainingKD(teacher, 0.4)(student, batch, Progress())
@@ -483,35 +493,23 @@ def test_the_losses_against_a_loop():
         return kb.inside(kept, 2)
 
     inputs = {k: batch[k] for k in ("input_ids", "attention_mask")}
-    found = kb.intermediate_losses(
+    losses = kb.intermediate_losses(
         look(student, inputs), look(teacher, inputs), batch["attention_mask"]
     )
-    squares = {
-        "embedding": [],
-        "attention 0": [],
-        "attention 1": [],
-        "ffn 0": [],
-        "ffn 1": [],
-    }
+    squares = defaultdict(list)
     for ids, mask in zip(*inputs.values()):
-        s, t = (
-            look(model, {"input_ids": ids[mask.bool()][None]})
-            for model in (student, teacher)
-        )
+        sentence = {"input_ids": ids[mask.bool()][None]}
+        s, t = look(student, sentence), look(teacher, sentence)
         squares["embedding"].append((s.embedding - t.embedding).square().flatten())
         for i in range(2):
-            squares[f"attention {i}"].append(
-                (s.scores[i] - t.scores[i]).square().flatten()
-            )
+            scores = (s.scores[i] - t.scores[i]).square()
+            squares[f"attention {i}"].append(scores.flatten())
             squares[f"ffn {i}"].append((s.ffn[i] - t.ffn[i]).square().flatten())
     mean = {k: torch.cat(v).mean() for k, v in squares.items()}
-    for name in found:
-        torch.testing.assert_close(
-            found[name],
-            sum(v for k, v in mean.items() if k.startswith(name)),
-            atol=1e-4,
-            rtol=1e-4,
-        )
+    assert set(losses) == {"embedding", "attention", "ffn"} and len(mean) == 5
+    for name, loss in losses.items():
+        by_hand = sum(v for k, v in mean.items() if k.startswith(name))
+        torch.testing.assert_close(loss, by_hand, atol=1e-4, rtol=1e-4)
 
 
 @pytest.mark.parametrize(
@@ -566,8 +564,9 @@ def test_rank_deficient_weights_have_finite_factors():
         assert all(torch.isfinite(f).all() for f in factors)
         torch.testing.assert_close(factors.product(), w)
         a, b = (factor.flatten(1).norm(dim=1) for factor in factors)
-        some = b > 1e-3  # of the others A has length one, so that B can learn
-        torch.testing.assert_close(a, torch.where(some, b, 1.0), atol=1e-6, rtol=1e-4)
+        # where B is next to nothing, A has length one, so that B can learn
+        expected = torch.where(b > 1e-3, b, 1.0)
+        torch.testing.assert_close(a, expected, atol=1e-6, rtol=1e-4)
     assert (kr.nearest_kronecker(torch.zeros(4, 4), (2, 2)).product() == 0).all()
 
 
@@ -592,23 +591,16 @@ def test_kroneckerize_draws_nothing_of_the_readers():
 
 
 def test_half_precision_losses():
-    "Squares of large differences stay finite, and heads are compared by the student's own count."
+    "Squares of large differences stay finite; heads are the student's own count."
     big = kb.Inside(
         torch.full((2, 64, 32), 60.0).half(),
         (torch.full((2, 2, 64, 64), 300.0).half(),),
         (torch.full((2, 64, 32), 60.0).half(),),
     )
-    none = kb.Inside(
-        *(
-            tuple(torch.zeros_like(y) for y in x)
-            if isinstance(x, tuple)
-            else torch.zeros_like(x)
-            for x in big
-        )
-    )
-    assert {k: v.item() for k, v in kb.intermediate_losses(big, none).items()} == dict(
-        embedding=3600.0, attention=90000.0, ffn=3600.0
-    )
+    zeros = lambda tensors: tuple(torch.zeros_like(t) for t in tensors)
+    none = kb.Inside(zeros([big.embedding])[0], zeros(big.scores), zeros(big.ffn))
+    losses = {k: v.item() for k, v in kb.intermediate_losses(big, none).items()}
+    assert losses == dict(embedding=3600.0, attention=90000.0, ffn=3600.0)
     student = bert()
     student.config.num_attention_heads = 4
     with pytest.raises(ValueError, match="same layers, heads"):
@@ -616,10 +608,8 @@ def test_half_precision_losses():
 
 
 def test_encoders_that_do_not_match():
-    small, deep = (
-        kr.kroneckerize(bert(layers=2), SMALL),
-        kr.kroneckerize(bert(layers=1), SMALL),
-    )
+    small = kr.kroneckerize(bert(layers=2), SMALL)
+    deep = kr.kroneckerize(bert(layers=1), SMALL)
     with pytest.raises(ValueError, match="is missing in the pre-trained"):
         kb.with_encoder(small, deep)
     with pytest.raises(ValueError, match="KroneckerBertForMaskedLM"):

@@ -52,6 +52,13 @@ def clean_environment(**variables):
     return kept | {"PYTHONNOUSERSITE": "1"} | variables
 
 
+def empty_home(folder):
+    "The same for a user who has just been made."
+    places = {"HOME": str(folder), "USERPROFILE": str(folder)}
+    variables = clean_environment(**places)
+    return {k: v for k, v in variables.items() if not k.startswith(("XDG_", "HF_"))}
+
+
 def step(name, command, **options):
     "Run one step and print its line; leave with 1 where it fails."
     start = time.perf_counter()
@@ -81,19 +88,14 @@ def check(folder, torch, extra):
     scripts = "Scripts" if os.name == "nt" else "bin"
     python = str(folder / "venv" / scripts / "python")
     here = dict(cwd=folder, env=clean_environment())
-    alone = dict(
-        cwd=folder, env=clean_environment(HOME=str(home), USERPROFILE=str(home))
-    )
-    what = f"{source}[{extra}]" if extra else str(source)
+    alone = dict(cwd=folder, env=empty_home(home))
+    wanted = f"[{extra}]" if extra else ""
     pip = [python, "-m", "pip"]
+    install = [*pip, "install", "-c", constraints, f"{source}{wanted}"]
     line = "from kdbook import annealing_kd"
 
     step("a new environment", [sys.executable, "-m", "venv", folder / "venv"], **here)
-    step(
-        f"pip install '.{f'[{extra}]' if extra else ''}', with {torch}",
-        [*pip, "install", "-c", constraints, what],
-        **here,
-    )
+    step(f"pip install '.{wanted}', with {torch}", install, **here)
     step(f"python -c '{line}', with an empty home", [python, "-c", line], **alone)
     step("pip check", [*pip, "check"], **here)
 

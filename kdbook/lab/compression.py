@@ -353,7 +353,7 @@ def _training(layers: list[nn.Module], x: Tensor) -> Callable[[], None]:
 
     return call
 
-
+# %% ../../nbs/lab_compression.ipynb #2500931b
 def _time_layer(name: str, rows: int, stack: int) -> list[dict]:
     "Dense over Kronecker, for a stack of layers of one shape."
     a, b = LAYERS[name]

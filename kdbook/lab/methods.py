@@ -179,7 +179,7 @@ def _nine_tenths(setting: Setting, student: nn.Module, rows: Any) -> tuple:
 
 def _with_hidden(layer: int, setting: Setting, student: nn.Module, rows: Any) -> tuple:
     "Projections to the teacher's width, and a layer of the live teacher for every row."
-    states = teacher_states()[:, layer - 1][torch.tensor(rows["idx"])]
+    states = teacher_states()[:, layer - 1][torch.tensor(rows["idx"][:])]
     student = PseudoClassifiers(student, outputs=states.shape[-1])
     return student, with_column(rows, "teacher_hidden", states[:, None]), {}
 

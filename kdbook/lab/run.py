@@ -78,7 +78,7 @@ def _introduced(thing: Any, name: str) -> Any:
     default = inspect.signature(kind).parameters[name].default
     return INTRODUCED.get((kind.__qualname__, name), default)
 
-
+# %% ../../nbs/lab_run.ipynb #fe92ba34
 def differences(
     stored: Any,  # settings in a record
     thing: Any,  # recipe, stage, objective, callback or value of today
@@ -131,7 +131,7 @@ def _weights_path(setting_name: str, method: str, lr: float, seed: int) -> Path:
     folder = cache_dir() / "students" / setting_name
     return folder / f"{method}-seed{seed}-{key}.safetensors"
 
-
+# %% ../../nbs/lab_run.ipynb #836db9dd
 def train_one(
     setting_name: str,  # a key of SETTINGS
     method: str,  # a key of PLANS
@@ -155,7 +155,7 @@ def train_one(
         save_tensors({name: p.detach().contiguous() for name, p in trained}, path)
     return run, test
 
-
+# %% ../../nbs/lab_run.ipynb #a6e57560
 def kept_student(
     setting_name: str,  # a key of SETTINGS
     method: str,  # a key of PLANS
@@ -180,7 +180,7 @@ def scored(
 ) -> tuple[dict[str, Any], Tensor]:  # for a record; logits, one row per label
     "How a student does on a split."
     logits = predict_logits(net, rows, progress=False).flatten(0, -2)
-    labels = torch.tensor(rows["label"]).flatten()
+    labels = torch.tensor(rows["label"][:]).flatten()
     scores = {
         "rows": len(rows),
         "accuracy": accuracy(logits, labels),
@@ -198,12 +198,12 @@ def _test_scores(record: dict[str, Any], net: nn.Module, task: Any, test: Any) -
         record["splits"][split], logits = scored(net, task[split])
         if split != "test":
             continue
-        teacher_logits = torch.tensor(test["teacher_logits"]).flatten(0, -2)
+        teacher_logits = torch.tensor(test["teacher_logits"][:]).flatten(0, -2)
         labels = torch.tensor(task[split]["label"]).flatten()
         record["teacher_agreement"] = agreement(logits, teacher_logits)
         record["teacher_accuracy"] = accuracy(teacher_logits, labels)
 
-
+# %% ../../nbs/lab_run.ipynb #60aab03e
 def run_one(
     setting_name: str,  # a key of SETTINGS
     method: str,  # a key of PLANS
@@ -297,7 +297,7 @@ def _run_all(runs: Iterable[tuple], jobs: int, desc: str) -> None:
     )
     run_calls(run_one, sizes, jobs, desc, keep=keep)
 
-
+# %% ../../nbs/lab_run.ipynb #95575f6e
 def run_ladder(
     method: str,  # a key of METHODS or LADDERS; its baselines are run with it
     settings: Iterable[str] | None = None,  # keys of SETTINGS; default: all that fit

@@ -105,7 +105,7 @@ def detectors(
     "How well some scores find the spoilt rows, cleanlab's among them."
     from cleanlab.rank import get_label_quality_scores
 
-    labels = torch.tensor(rows["label"])
+    labels = torch.tensor(rows["label"][:])
     inside, outside = (
         torch.tensor(rows[name]) for name in ("teacher_logits", "teacher_oof_logits")
     )
@@ -145,7 +145,7 @@ def _noisy_run(
     recipe = replace(plan.recipe(setting, lr, **extra), callbacks=(watch,))
     run = fit(net, recipe, own_rows, task["validation"], seed=seed, progress=False)
     logits = predict_logits(run.student, task["test"], progress=False)
-    labels = torch.tensor(task["test"]["label"])
+    labels = torch.tensor(task["test"]["label"][:])
     rounded = lambda value: None if value is None else round(value, 4)
     epochs = watch.epochs_seen
     record = {
@@ -161,7 +161,10 @@ def _noisy_run(
 
 
 def _noise_teacher_scores(rows: Any, test: Any) -> dict[str, Any]:
-    logits, labels = torch.tensor(test["teacher_logits"]), torch.tensor(test["label"])
+    logits, labels = (
+        torch.tensor(test["teacher_logits"][:]),
+        torch.tensor(test["label"][:]),
+    )
     sources = {"in_sample": "teacher_logits", "out_of_fold": "teacher_oof_logits"}
     remembered = {
         name: memorised(rows, torch.tensor(rows[column]))
@@ -201,7 +204,7 @@ def noise_part(
                 record["detectors"]["RW-KD's weights"] = weights
     return record
 
-
+# %% ../../nbs/lab_studies.ipynb #95996fb8
 def noise_parts(
     seeds: int,  # 0 .. seeds - 1
 ) -> dict[tuple, int]:  # arguments of `noise_part` -> how long it is
@@ -225,17 +228,17 @@ def loss_line(
     values = {}
     for split, rows in sets.items():
         logits = logit_line(first, rows, direction, LINE_AT, progress=False)
-        labels = torch.tensor(rows["label"])
+        labels = torch.tensor(rows["label"][:])
         for name, score in (("loss", nll), ("accuracy", accuracy)):
             surface = surface_of(logits, lambda z: score(z, labels))
             values[f"{split} {name}"] = surface.tolist()
     return values
 
-
+# %% ../../nbs/lab_studies.ipynb #0b51fb3a
 def _flatness_of(net: nn.Module, sets: dict[str, Any]) -> dict[str, float]:
     losses = {
         f"{split} loss": nll(
-            predict_logits(net, rows, progress=False), torch.tensor(rows["label"])
+            predict_logits(net, rows, progress=False), torch.tensor(rows["label"][:])
         )
         for split, rows in sets.items()
     }
@@ -457,7 +460,7 @@ def _landscape_tensors(models: dict, sets: dict) -> dict[str, dict[str, Tensor]]
         "plane": surfaces,
     }
 
-
+# %% ../../nbs/lab_studies.ipynb #5c280776
 def landscape_part(
     task_name: str = "movies",  # no other has the students
     seed: int = 0,  # of the rows
@@ -528,7 +531,7 @@ def _updater(student: nn.Module, stage: Any, rows: Rows) -> Callable[[int, int],
 
     return update
 
-
+# %% ../../nbs/lab_studies.ipynb #7cc24c6f
 def cost_part(
     setting_name: str,  # a key of COSTS
     repeats: int = 40,  # updates of each method
@@ -584,7 +587,10 @@ def robustness_part(
         method: attack(student, attacked, allow=guard, progress=False)
         for method, student in students.items()
     }
-    labels, people = torch.tensor(test["label"]), torch.tensor(test["human_probs"])
+    labels, people = (
+        torch.tensor(test["label"][:]),
+        torch.tensor(test["human_probs"][:]),
+    )
     methods, examples = {}, {}
     for method, outcome in outcomes.items():
         logits = predict_logits(students[method], test, progress=False)

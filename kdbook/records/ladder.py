@@ -58,7 +58,7 @@ def chosen_lr(
         return None
     return max(scores, key=lambda lr: (scores[lr], -lr))
 
-
+# %% ../../nbs/records_ladder.ipynb #d428aded
 def standing(
     setting_name: str,  # a key of SETTINGS
     method: str,  # a key of METHODS
@@ -157,7 +157,7 @@ def _gain(
     )
     return paired_difference(ours, theirs), len(both)
 
-
+# %% ../../nbs/records_ladder.ipynb #de7cb21a
 def _rung(setting_name: str, method: str) -> Rung:
     runs, stands = reported(setting_name, method), standing(setting_name, method)
     right = correct(setting_name, method)

@@ -146,7 +146,7 @@ def settings_recorded() -> list[str]:  # keys of SETTINGS, sorted
     "The settings that have a file."
     return sorted(p.stem for p in (results_dir() / "ladder").glob("*.jsonl"))
 
-
+# %% ../../nbs/records_store.ipynb #f19d40cb
 def study_records(
     study: str,  # its name
 ) -> list[dict[str, Any]]:  # one per part, in the order of their keys
@@ -168,7 +168,7 @@ def study_tensors(
     note_read(path)
     return load_file(path)
 
-
+# %% ../../nbs/records_store.ipynb #b8db0808
 def teacher_scores(
     name: str,  # of a record in results/teacher
 ) -> dict[str, dict[str, Any]]:  # split -> rows, accuracy, nll, ...
@@ -232,7 +232,7 @@ def provenance() -> dict[str, Any]:
         **{name: _version(name) for name in PACKAGES},
     }
 
-
+# %% ../../nbs/records_store.ipynb #69df9f66
 def provenance_note(
     records: list[dict[str, Any]],  # with what `provenance` says
 ) -> str:  # empty where all come from one commit and one version of torch
