@@ -50,6 +50,8 @@ __getattr__ = lazy_names(
         "PLANS": "kdbook.lab.methods",
         "Plan": "kdbook.lab.methods",
         "recipe_of": "kdbook.lab.methods",
+        "looks_of": "kdbook.lab.methods",
+        "updates_of": "kdbook.lab.methods",
         "kept_student": "kdbook.lab.run",
         "run_calls": "kdbook.lab.run",
         "run_ladder": "kdbook.lab.run",

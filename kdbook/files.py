@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['need', 'lazy_names', 'cache_dir', 'sha256_of', 'whole_file', 'save_tensors', 'write_json', 'optional_write',
-           'results_dir', 'note_read', 'reads', 'text_crc', 'fingerprint']
+           'results_dir', 'note_read', 'reads', 'text_crc', 'fingerprint', 'mix_seed']
 
 # %% ../nbs/files.ipynb #9e07c978
 import hashlib
@@ -16,12 +16,12 @@ import zlib
 from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
-from typing import Any, Callable, Iterator
-
-import torch
-from torch import Tensor, nn
+from typing import TYPE_CHECKING, Any, Callable, Iterator
 
 import kdbook
+
+if TYPE_CHECKING:  # torch is slow to load, and who fetches data needs none
+    from torch import Tensor, nn
 
 # %% ../nbs/files.ipynb #fcb9c53d
 def need(
@@ -97,7 +97,7 @@ def whole_file(
 
 
 def save_tensors(
-    tensors: dict[str, Tensor],  # by name
+    tensors: "dict[str, Tensor]",  # by name
     path: Path,  # its folder is made
 ) -> None:
     "Write a safetensors file, whole or not at all."
@@ -163,23 +163,29 @@ def reads() -> list[tuple[str, str]]:  # (file, query), sorted
 # %% ../nbs/files.ipynb #4c776353
 def text_crc(
     dataset: "datasets.Dataset",  # rows with `text`; without it, every row gives 0
-) -> Tensor:  # (rows,) int64
+) -> "Tensor":  # (rows,) int64
     "A checksum of each sentence, by which a record knows its rows."
+    import torch
+
     if "text" not in dataset.column_names:
         return torch.zeros(len(dataset), dtype=torch.long)
     return torch.tensor([zlib.crc32(text.encode()) for text in dataset["text"][:]])
 
 # %% ../nbs/files.ipynb #dfed32df
-def _bytes(values: Tensor) -> memoryview:
+def _bytes(values: "Tensor") -> memoryview:
+    import torch
+
     return values.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
 
 
 def fingerprint(
-    model: nn.Module,  # its class, configuration and weights are read
+    model: "nn.Module",  # its class, configuration and weights are read
     rows: "Rows",  # its inputs are read
     batch_size: int,  # in the key, since padding can change the last bits of a logit
 ) -> str:  # 32 hexadecimal digits
     "A key that changes whenever the teacher, the rows or the batches do."
+    import torch
+
     kind = f"{type(model).__qualname__} {getattr(model, 'config', model)}"
     h = hashlib.sha256(f"{kind} {batch_size}".encode())
     for name, value in sorted(model.state_dict().items()):
@@ -192,3 +198,10 @@ def fingerprint(
         h.update(name.encode())
         h.update(_bytes(value))
     return h.hexdigest()[:32]
+
+# %% ../nbs/files.ipynb #f104f8dd
+def mix_seed(
+    *parts: int | str,  # e.g. seed, stage, epoch
+) -> int:  # in [0, 2**63)
+    "One seed from several numbers; neighbours give unrelated streams."
+    return int.from_bytes(hashlib.sha256(repr(parts).encode()).digest()[:8], "big") >> 1

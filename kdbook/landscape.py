@@ -17,9 +17,9 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from .files import mix_seed
 from .losses import label_loss
 from .rows import Rows, encode, forward, length_sorted, pad_id_of, progress_bar
-from .training import mix_seed
 
 # %% ../nbs/landscape.ipynb #399860d3
 def trained_weights(

@@ -16,9 +16,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call, jvp
 
+from .files import mix_seed
 from .losses import label_loss, logit_mse, soft_target_loss
 from .rows import INPUTS, Rows, encode, forward, logits_of, pad_id_of
-from .training import Loss, Progress, Recipe, Stage, mix_seed
+from .training import Loss, Progress, Recipe, Stage
 
 # %% ../nbs/reweighted_kd.ipynb #ab9021ee
 def per_sample_losses(

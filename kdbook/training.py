@@ -4,8 +4,7 @@
 
 # %% auto #0
 __all__ = ['Progress', 'Loss', 'Objective', 'CrossEntropy', 'Hinton', 'LogitMSE', 'settings_of', 'Stage', 'Recipe', 'stage_name',
-           'describe', 'Callback', 'lr_factor', 'mix_seed', 'LengthBuckets', 'stage_rows', 'check_recipe', 'score',
-           'Run', 'fit']
+           'describe', 'Callback', 'lr_factor', 'LengthBuckets', 'stage_rows', 'check_recipe', 'score', 'Run', 'fit']
 
 # %% ../nbs/training.ipynb #1d2ebaee
 import hashlib
@@ -18,7 +17,7 @@ from typing import Any, Callable, Literal, Protocol
 import torch
 from torch import Tensor, nn
 
-from .files import fingerprint, need, whole_file
+from .files import fingerprint, mix_seed, need, whole_file
 from .losses import hinton_loss, label_loss, logit_mse
 from .rows import Rows, copied, encode, forward, logits_on_rows, pad_id_of
 
@@ -282,13 +281,6 @@ def lr_factor(
     if schedule == "constant":
         return 1.0
     return max(0.0, (steps - step) / max(1, steps - rising))
-
-# %% ../nbs/training.ipynb #f104f8dd
-def mix_seed(
-    *parts: int | str,  # e.g. seed, stage, epoch
-) -> int:  # in [0, 2**63)
-    "One seed from several numbers; neighbours give unrelated streams."
-    return int.from_bytes(hashlib.sha256(repr(parts).encode()).digest()[:8], "big") >> 1
 
 # %% ../nbs/training.ipynb #a998bc53
 class LengthBuckets(torch.utils.data.Sampler):

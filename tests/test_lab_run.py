@@ -238,8 +238,8 @@ def test_a_new_option_and_a_changed_default_leave_old_lines_alone(monkeypatch):
     del old["stages"][0]["clip"], old["stages"][0]["objective"]["alpha"]
     assert run.differences(old, recipe) == [], "older than both options"
     changed = replace(recipe.stages[0], clip=2.0)
-    said = run.differences(old, Recipe((changed,)))
-    assert said == ["recipe.stages[0].clip: 1.0, now 2.0"]
+    found = run.differences(old, Recipe((changed,)))
+    assert found == ["recipe.stages[0].clip: 1.0, now 2.0"]
     monkeypatch.setitem(run.INTRODUCED, ("Stage", "clip"), 2.0)
     assert run.differences(old, Recipe((changed,))) == [], "introduced as 2"
     assert run.differences(stored_settings(recipe), recipe) == [], "written is written"

@@ -145,8 +145,12 @@ class Book:
     ):
         self.root, self.nbs, self.answer = root, root / "nbs", cache(answer)
         self.path = self.nbs / "stamps.json"
+        self.stamps = self.stored()
+
+    def stored(self) -> dict[str, Any]:
+        "The stamps as they stand in the file."
         known = self.path.exists()
-        self.stamps = json.loads(self.path.read_text("utf-8")) if known else {}
+        return json.loads(self.path.read_text("utf-8")) if known else {}
 
     @cached_property
     def package(self) -> Package:
@@ -199,7 +203,8 @@ class Book:
         stamp = self.stamp(nb, *execute(nb, path.stem, self.root))
         written = save(tidy(nb), path)
         present = {each.stem for each in chapters(self.nbs)}
-        self.stamps = {k: v for k, v in self.stamps.items() if k in present}
+        # read again: another process may refresh other chapters at the same time
+        self.stamps = {k: v for k, v in self.stored().items() if k in present}
         self.stamps[path.stem] = stamp
         text = json.dumps(self.stamps, indent=1, sort_keys=True)
         write_whole(self.path, TRIPLE.sub(r"[\1, \2, \3]", text) + "\n")

@@ -151,11 +151,11 @@ def _gain(
     "The paired gain over plain KD, and the number of seeds it is made of."
     seeds = [[r["seed"] for r in reported(setting_name, m)] for m in (method, base)]
     both = sorted(set(seeds[0]) & set(seeds[1]))
-    ours, theirs = (
+    right = (
         correct(setting_name, m)[[of.index(seed) for seed in both]]
         for m, of in zip((method, base), seeds)
     )
-    return paired_difference(ours, theirs), len(both)
+    return paired_difference(*right), len(both)
 
 # %% ../../nbs/records_ladder.ipynb #de7cb21a
 def _rung(setting_name: str, method: str) -> Rung:
