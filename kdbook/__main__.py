@@ -16,6 +16,7 @@ from kdbook.records.settings import (
     METHODS,
     SETTINGS,
     STUDY_NAMES,
+    TASKS,
     setting_of,
     settings_for,
 )
@@ -83,7 +84,7 @@ def _workshop(args: "argparse.Namespace") -> None:
         else:
             print(teachers.write_teacher_record(model, trail, seconds))
     elif args.command == "rows":
-        for task in ("movies", "digits", "characters"):
+        for task in TASKS:
             print(teachers.write_rows(task))
         print(teachers.write_digits_record())
     elif args.command == "study":

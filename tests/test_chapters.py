@@ -193,12 +193,12 @@ FLOORS = {
     "kdbook.files": "files",
     "kdbook.losses kdbook.rows": "tools",
     "kdbook.data kdbook.models kdbook.words": "foundations",
-    "kdbook.distillation kdbook.training kdbook.checkpoints": "foundations",
+    "kdbook.distillation kdbook.training": "foundations",
     "kdbook.evaluation kdbook.attack kdbook.landscape": "measures",
     " ".join(f"kdbook.{name}" for name in TECHNIQUES): "techniques",
     "kdbook.plots kdbook.widgets": "pictures",
     "kdbook.records.settings kdbook.records.store kdbook.records.ladder": "records",
-    "kdbook.hf kdbook.benchmark kdbook.__main__": "doors",
+    "kdbook.benchmark kdbook.__main__": "doors",
     "kdbook kdbook.records kdbook.lab": "folders",
 }
 FLOOR_OF = {name: floor for names, floor in FLOORS.items() for name in names.split()}
@@ -217,7 +217,6 @@ MAY_IMPORT = {
 PAIRS = {  # module -> what it may import besides
     "models": "data",
     "words": "training models",
-    "checkpoints": "training",
     "attack": "words",
     **{name: "training" for name in TECHNIQUES},
     "continuation_kd": "training annealing_kd",
@@ -226,7 +225,6 @@ PAIRS = {  # module -> what it may import besides
     "combined_kd": "training words annealing_kd",
     "kronecker_bert": "training words kronecker",
     "records.ladder": "evaluation",
-    "hf": f"{' '.join(TECHNIQUES)} models distillation evaluation training",
     "__main__": "data",
 }
 INSIDE = {  # and what inside functions only

@@ -23,6 +23,7 @@ from kdbook.records import ladder as tables
 from kdbook.records import settings as names
 from kdbook.records.settings import METHODS, SETTINGS, Method, Setting
 from kdbook.records.store import (
+    append_record,
     ladder_file,
     read_lines,
     read_record,
@@ -245,6 +246,20 @@ def test_a_new_option_and_a_changed_default_leave_old_lines_alone(monkeypatch):
     assert run.differences(stored_settings(recipe), recipe) == [], "written is written"
 
 
+def test_a_new_field_of_settings_leaves_old_headers_alone(tiny, monkeypatch):
+    header = run.header_of("tiny")
+    del header["setting"]["tau_max"]  # as if it were older than that field
+    monkeypatch.setitem(SETTINGS, "tiny", replace(TINY, tau_max=7))
+    append_record(tiny, {"method": "alone", "lr": 1, "seed": 0}, header)
+    assert run.setting_differences("tiny") == [], "7 is the default"
+    monkeypatch.setitem(SETTINGS, "tiny", TINY)
+    assert run.setting_differences("tiny") == ["tau_max 7, now 2"]
+
+
+def test_a_setting_that_is_not_run_yet_is_not_outdated(tiny):
+    assert run.outdated("tiny") == []
+
+
 def test_what_is_gone_and_what_is_another_class_is_told():
     recipe = run.recipe_of("digits", "swa", 0.01)
     old = stored_settings(recipe)
@@ -338,7 +353,7 @@ def test_ladder_refuses_to_mix(tiny, monkeypatch):
             run.run_ladder("hinton", ["tiny"], seeds=2)
     # what no recipe shows stands in the header
     monkeypatch.setitem(SETTINGS, "tiny", replace(TINY, lrs=(1e-2,), title="other"))
-    with pytest.raises(ValueError, match="holds runs of"):
+    with pytest.raises(ValueError, match="title .*, now 'other'"):
         run.run_ladder("hinton", ["tiny"], seeds=3)
     monkeypatch.setitem(SETTINGS, "tiny", replace(TINY, lrs=(1e-2,)))
     stage = lambda s, lr: Stage(CrossEntropy(), 10, lr, s.batch_size, weight_decay=0.5)

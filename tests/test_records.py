@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 import kdbook.files as files
 from kdbook.records import ladder as tables
 from kdbook.records import store
-from kdbook.records.settings import SETTINGS, Setting
+from kdbook.records.settings import LADDERS, METHODS, SETTINGS, Setting
 
 ROOT = Path(__file__).resolve().parent.parent
 ABOUT = {"setting": {"name": "toy"}}
@@ -202,6 +202,13 @@ def test_the_n_beside_a_gain_is_the_number_of_seeds_behind_it(race):
     table = tables.ladder_table("toy", "logit_mse")
     assert table.loc["student alone", "n"] == 2
     assert "(1 diverged)" in table.loc["student alone", "test accuracy, %"]
+
+
+def test_tables_and_pictures_use_one_title_a_method():
+    from kdbook.plots import METHOD_LABELS
+
+    rungs = {rung for ladder in LADDERS.values() for rung in ladder}
+    assert {m: METHOD_LABELS[m] for m in rungs} == {m: METHODS[m].title for m in rungs}
 
 
 def test_a_reader_of_tables_loads_no_technique_and_no_data_set():

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['SETTINGS', 'SMALL', 'SEARCH_SEEDS', 'BASELINES', 'METHODS', 'WEIGHTS', 'TIMES', 'ON_KD', 'LADDERS', 'NOT_RUN',
-           'ROBUST', 'LINE_AT', 'TRAIL', 'TEACHERS', 'DIGITS_TRAIL', 'PLAIN', 'WAYS', 'STUDY_NAMES', 'Setting',
+           'ROBUST', 'LINE_AT', 'TRAIL', 'TASKS', 'TEACHERS', 'DIGITS_TRAIL', 'PLAIN', 'WAYS', 'STUDY_NAMES', 'Setting',
            'NoisySetting', 'setting_of', 'Method', 'has_pool', 'has_words', 'ladder_of', 'rungs_of', 'settings_for']
 
 # %% ../../nbs/records_settings.ipynb #6ad75447
@@ -409,6 +409,7 @@ ROBUST = (  # whose students are attacked
 # places on the line between two students: 0 is the first of them, 1 the second
 LINE_AT = tuple(round(-0.5 + 0.125 * i, 3) for i in range(17))
 TRAIL = (25, 50, 100, 175, 300, 450, 600, 750)  # updates of the movie teacher's trail
+TASKS = ("movies", "digits", "characters")  # whose rows lie beside the records
 # the record of a task's teacher, by its name
 TEACHERS = {"movies": "minilm-movies", "digits": "digits"}
 DIGITS_TRAIL = (10, 20, 30, 50, 80, 160, 320, 570)  # of the digits teacher's 570
