@@ -15,6 +15,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import kdbook.files as files
 import kdbook.lab.run as run
 import kdbook.lab.teachers as teachers
 from kdbook.evaluation import paired_difference
@@ -220,6 +221,19 @@ def test_a_full_cache_warns_and_the_record_is_still_made(tiny, monkeypatch):
     assert "splits" in record
 
 
+def test_a_kept_student_is_the_reported_one_or_refused(tiny, own_cache, monkeypatch):
+    monkeypatch.setattr(run, "chosen_lr", lambda *_: 0.01)
+    trained, _ = run.train_one("tiny", "hinton", 0.01, 0)
+    kept = run.kept_student("tiny", "hinton", 0)
+    for name, weight in trained.student.named_parameters():
+        assert torch.equal(weight, dict(kept.named_parameters())[name]), name
+    (path,) = own_cache.rglob("hinton-*.safetensors")
+    weights = {f"model.{n}": p.data for n, p in kept.named_parameters()}
+    files.save_tensors(weights, path)
+    with pytest.raises(ValueError, match="'model.head.bias', which the setting's"):
+        run.kept_student("tiny", "hinton", 0)
+
+
 # -- the records and today's code ------------------------------------------------------
 
 
@@ -394,6 +408,7 @@ def test_mistakes_are_named(call, match):
 DRIVER = """
 import os, sys, time
 from pathlib import Path
+import kdbook.files as files
 import kdbook.lab.run as run
 import kdbook.lab.teachers as teachers
 from kdbook.models import image_net

@@ -435,6 +435,14 @@ def test_a_function_that_did_not_run_made_no_difference(
     assert ("runs" in sandbox.kinds().get("stale by dependence", set())) == kinds
 
 
+def test_what_a_chapter_exports_itself_always_counts(sandbox):
+    book = sandbox.book()
+    book.stamps["low"] = book.stamp(nbformat.read(sandbox.chapter("low"), 4), [], [])
+    book.path.write_text(json.dumps(book.stamps))
+    sandbox.replace("low", "np.multiply(x, RATE)", "np.divide(x, RATE)")
+    assert "low" in sandbox.kinds()["stale by dependence"]
+
+
 def test_what_runs_is_noted_and_nothing_else_is_changed(tmp_path):
     for name, text in dict(low=LOW, middle=MIDDLE).items():
         (tmp_path / "kdbook").mkdir(exist_ok=True)

@@ -169,6 +169,9 @@ class Book:
         "What the outputs of a run were made of."
         used, shapes = uses(nb, self.package), self.package.shapes
         answers = [[file, query, self.answer(file, query)] for file, query in reads]
+        # what a chapter exports itself runs in its cells, where nobody notes it
+        own = module_of(nb, self.package)
+        ran = [*ran, *(id for id in shapes if own and id.startswith(f"{own.name}:"))]
         known = sorted({shapes[id] for id in ran if id in shapes})
         return {
             "cells": used.cells,

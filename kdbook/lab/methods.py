@@ -279,7 +279,7 @@ def longer(
     recipe: Recipe,  # any
     factor: float,  # > 0
 ) -> Recipe:
-    "The recipe with its first stage so many times as long, validated as often."
+    "The recipe with its first stage so many times as long, validated about as often."
     first, *rest = recipe.stages
     epochs = max(1, round(factor * first.epochs))
     every = max(1, epochs // first.epochs)

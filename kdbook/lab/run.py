@@ -176,7 +176,9 @@ def kept_student(
     method: str,  # a key of PLANS
     seed: int,  # of a reported run
 ) -> nn.Module:  # evaluation mode
-    "A reported run's student: from the user's cache, or else trained again."
+    """A reported run's student: from the user's cache, or else trained again.
+
+    Raises `ValueError` for a method that trains more than the plain student."""
     from safetensors.torch import load_file
 
     torch.set_num_threads(1)
@@ -184,8 +186,14 @@ def kept_student(
     path = _weights_path(setting_name, method, lr, seed)
     if not path.exists():
         return train_one(setting_name, method, lr, seed)[0].student
-    net = student_of(setting_of(setting_name), seed)
-    net.load_state_dict(load_file(path), strict=False)
+    net, weights = student_of(setting_of(setting_name), seed), load_file(path)
+    unknown = weights.keys() - dict(net.named_parameters()).keys()
+    if unknown:
+        raise ValueError(
+            f"{path} holds {sorted(unknown)[0]!r}, which the setting's student has "
+            f"not: {method} trains more than that student"
+        )
+    net.load_state_dict(weights, strict=False)  # what is frozen is the same anyway
     return net
 
 # %% ../../nbs/lab_run.ipynb #569ad05f

@@ -376,9 +376,9 @@ def rungs_of(
     setting_name: str,  # a key of SETTINGS
     method: str,  # as in `ladder_of`
 ) -> tuple[str, ...]:  # rungs, bottom first
-    """The rungs of a ladder that this setting has.
+    """The rungs of a ladder that fit this setting, without those of NOT_RUN.
 
-    Raises `ValueError` where the method itself is not among them."""
+    Raises `ValueError` for a method that does not fit."""
     setting = setting_of(setting_name)
     if method in METHODS and not METHODS[method].fits(setting):
         raise ValueError(
