@@ -197,7 +197,7 @@ def rate_part(
 
 def rate_parts(
     seeds: int,  # not used: one seed searches
-) -> dict[tuple, int]:  # arguments of `rate_part` -> how long it is
+) -> dict[tuple, int]:  # arguments of a part -> how long it is
     "A search for each line of the comparison."
     parts = [(size, way, lr) for size, way in _lines() for lr in _rates(size, way)]
     return {part: 1 if part[0] in PLAIN else 10 for part in parts}
@@ -230,7 +230,7 @@ def compression_part(
 
 def compression_parts(
     seeds: int,  # 0 .. seeds - 1
-) -> dict[tuple, int]:  # arguments of `compression_part` -> how long it is
+) -> dict[tuple, int]:  # arguments of a part -> how long it is
     "Every line of the comparison, for every seed."
     parts = [(*line, seed) for seed in range(seeds) for line in _lines()]
     return {part: 1 if part[0] in PLAIN else 10 for part in parts}
@@ -289,7 +289,7 @@ def speed_part(
 
 def speed_parts(
     seeds: int,  # not used
-) -> dict[tuple, int]:  # arguments of `speed_part` -> how long it is
+) -> dict[tuple, int]:  # arguments of a part -> how long it is
     "All that is timed, with both kinds of memory. For an idle machine: `--jobs 1`."
     return {(what, memory): 1 for what in TIMED for memory in MEMORY}
 

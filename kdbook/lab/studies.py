@@ -207,7 +207,7 @@ def noise_part(
 # %% ../../nbs/lab_studies.ipynb #95996fb8
 def noise_parts(
     seeds: int,  # 0 .. seeds - 1
-) -> dict[tuple, int]:  # arguments of `noise_part` -> how long it is
+) -> dict[tuple, int]:  # arguments of a part -> how long it is
     "All parts of the study of label noise."
     noises = [(task, *noise) for task in NOISES for noise in NOISES[task]]
     return {(*noise, seed): 1 for seed in range(seeds) for noise in noises}
@@ -272,7 +272,7 @@ def flatness_part(
 
 def flatness_parts(
     seeds: int,  # 0 .. seeds - 1
-) -> dict[tuple, int]:  # arguments of `flatness_part` -> how long it is
+) -> dict[tuple, int]:  # arguments of a part -> how long it is
     "All parts of the study of flatness."
     names = ("digits", "same-rows")
     return {(name, seed): 1 for seed in range(seeds) for name in names}
@@ -319,13 +319,14 @@ def _walk(method: str, seed: int = 0) -> tuple[nn.Module, list[dict], dict]:
 def path_objective(
     method: str,  # "annealing_kd" or "continuation_kd"
     epoch: int,  # 1 to 9: the first epoch of the run is 1
-    setting: Setting = SETTINGS["same-rows"],  # gives epochs and tau_max
+    setting: Setting | None = None,  # gives epochs and tau_max; default: same rows
 ) -> Callable[[Tensor, dict[str, Tensor]], Tensor]:  # (logits, batch) -> scalar
     """The objective of one epoch; the batch holds `labels` and `teacher_logits`.
 
     Raises `ValueError` for another method or epoch."""
     if method not in ("annealing_kd", "continuation_kd"):
         raise ValueError(f"no path for {method!r}: annealing_kd or continuation_kd")
+    setting = setting or SETTINGS["same-rows"]
     first, total, tau_max = setting.epochs[0], sum(setting.epochs), setting.tau_max
     if not 1 <= epoch <= total:
         raise ValueError(f"epoch must be in 1..{total}, got {epoch}")
@@ -494,7 +495,7 @@ def landscape_part(
 
 def landscape_parts(
     seeds: int,  # not used: there is one
-) -> dict[tuple, int]:  # arguments of `landscape_part` -> how long it is
+) -> dict[tuple, int]:  # arguments of a part -> how long it is
     "The one part of the landscape chapter."
     return {("movies", 0): 1}
 
@@ -560,7 +561,7 @@ def cost_part(
 
 def cost_parts(
     seeds: int,  # not used: there is one of each
-) -> dict[tuple, int]:  # arguments of `cost_part` -> how long it is
+) -> dict[tuple, int]:  # arguments of a part -> how long it is
     "A part for each setting."
     return {(name,): 1 for name in COSTS}
 
@@ -617,7 +618,7 @@ def robustness_part(
 
 def robustness_parts(
     seeds: int,  # 0 .. seeds - 1
-) -> dict[tuple, int]:  # arguments of `robustness_part` -> how long it is
+) -> dict[tuple, int]:  # arguments of a part -> how long it is
     "A part for each seed."
     return {("same-rows", seed): 1 for seed in range(seeds)}
 
