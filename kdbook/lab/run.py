@@ -178,11 +178,15 @@ def kept_student(
 ) -> nn.Module:  # evaluation mode
     """A reported run's student: from the user's cache, or else trained again.
 
-    Raises `ValueError` for a method that trains more than the plain student."""
+    Raises `FileNotFoundError` where no rate is chosen yet, and `ValueError` for a
+    method that trains more than the plain student."""
     from safetensors.torch import load_file
 
     torch.set_num_threads(1)
     lr = chosen_lr(setting_name, method)
+    if lr is None:
+        way_out = f"python -m kdbook ladder {method} --setting {setting_name}"
+        raise FileNotFoundError(f"no rate is chosen for {method!r} yet: {way_out}")
     path = _weights_path(setting_name, method, lr, seed)
     if not path.exists():
         return train_one(setting_name, method, lr, seed)[0].student
