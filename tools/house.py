@@ -22,6 +22,7 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
+import yaml
 from fresh import (
     DEFINITIONS,
     FUNCTIONS,
@@ -36,11 +37,22 @@ from fresh import (
 from refresh import ROOT, Book, chapters, example_cells, sources, uses
 
 WIDTH = 88
-TECHNIQUES = (
-    *("annealing_kd", "continuation_kd", "progressive_kd"),
-    *("universal_kd", "reweighted_kd", "noisy_label_kd"),
-    *("glitter", "combined_kd", "swa", "kronecker", "kronecker_bert"),
-)
+
+
+def techniques() -> tuple[str, ...]:
+    "The technique chapters in reading order, as the sidebar lists them."
+    settings = yaml.safe_load((ROOT / "_quarto.yml").read_text(encoding="utf-8"))
+    sections = settings["website"]["sidebar"]["contents"]
+    parts = ("The path", "The signal", "The data", "The weights")
+    return tuple(
+        Path(notebook).stem
+        for entry in sections
+        if isinstance(entry, dict) and entry.get("section") in parts
+        for notebook in entry["contents"]
+    )
+
+
+TECHNIQUES = techniques()
 NOT_FOR_A_TABLE = {f"kdbook.{name}" for name in (*TECHNIQUES, "data")}
 NOT_FOR_A_TABLE |= {"datasets", "transformers"}
 CONTROL = "a changed body"
