@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from helpers import changed, doubtful_images, same
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -38,28 +39,6 @@ def logits(rows=6, classes=4, seed=0, scale=3.0, dtype=torch.float64):
     )
 
 
-def images(rows=48, seed=0):
-    "Pixels, labels, and the logits of a linear teacher that gets some labels wrong."
-    from datasets import Dataset
-
-    g = torch.Generator().manual_seed(seed)
-    x = torch.rand(rows, 16, generator=g)
-    teacher = torch.randn(16, 4, generator=g)
-    scores = (x - 0.5) @ teacher
-    labels = (scores + 0.5 * torch.randn(rows, 4, generator=g)).argmax(-1)
-    return Dataset.from_dict(
-        dict(
-            pixel_values=x.tolist(),
-            label=labels.tolist(),
-            teacher_logits=scores.tolist(),
-        )
-    )
-
-
-def changed(data, name, values):
-    return data.remove_columns(name).add_column(name, values)
-
-
 def train(what, data, validation=None, **settings):
     net = image_net(hidden=8, num_labels=4, pixels=16)
     return fit(net, what, data, validation, progress=False, **settings)
@@ -67,11 +46,6 @@ def train(what, data, validation=None, **settings):
 
 def one_stage(objective, epochs):
     return Recipe((Stage(objective, epochs, 5e-3, 16),))
-
-
-def same(a, b):
-    a, b = a.state_dict(), b.state_dict()
-    return all(torch.equal(a[k], b[k]) for k in a)
 
 
 class Snapshots(Callback):
@@ -243,7 +217,7 @@ def test_the_mean_logit_counts_here_and_not_in_soft_targets():
 
 
 def test_tau_max_one_is_logit_mse_bit_for_bit():
-    data = images()
+    data = doubtful_images()
     run = lambda objective: train(one_stage(objective, 3), data, data, seed=3)
     plain, constant = run(LogitMSE()), run(AnnealingKD(1))
     assert same(constant.student, plain.student)
@@ -252,13 +226,13 @@ def test_tau_max_one_is_logit_mse_bit_for_bit():
 
 
 def test_history_shows_the_scale_of_each_epoch():
-    run = train(recipe(2, (5, 1), 5e-3, 16), images(), images(seed=1))
+    run = train(recipe(2, (5, 1), 5e-3, 16), doubtful_images(), doubtful_images(seed=1))
     assert [r.get("phi") for r in run.history] == [0.5, 0.5, 1.0, 1.0, 1.0, None]
     assert [r["name"] for r in run.history] == ["annealed logits"] * 5 + ["labels"]
 
 
 def test_stage_one_never_sees_the_labels():
-    data, both = images(), recipe(3, (3, 2), 5e-3, 16)
+    data, both = doubtful_images(), recipe(3, (3, 2), 5e-3, 16)
     order = torch.randperm(len(data), generator=torch.Generator().manual_seed(1))
     shuffled = changed(data, "label", torch.tensor(data["label"])[order].tolist())
     hidden = changed(data, "label", [-100] * len(data))
@@ -281,7 +255,7 @@ def test_stage_one_never_sees_the_labels():
 
 
 def test_stage_two_never_sees_the_teacher():
-    data = images()
+    data = doubtful_images()
     stage_two = Recipe(recipe(3, (3, 2), 5e-3, 16).stages[1:])
     other_logits = logits(len(data), dtype=torch.float32).tolist()
     student = train(stage_two, data).student
@@ -306,12 +280,12 @@ def test_recipe_is_two_stages_with_the_best_reloaded():
 
 def test_missing_teacher_logits_are_named_before_training():
     with pytest.raises(ValueError, match="teacher_logits.*annotate"):
-        train(recipe(2, (2, 1)), images().remove_columns("teacher_logits"))
+        train(recipe(2, (2, 1)), doubtful_images().remove_columns("teacher_logits"))
 
 
 def test_stage_one_follows_the_teacher():
     "Trained long enough, the student fits the unscaled logits: the scale is one."
-    data = images(rows=32)
+    data = doubtful_images(rows=32)
     stage_one = Recipe(recipe(5, (40, 1), 1e-2, 16).stages[:1])
     net = image_net(hidden=64, num_labels=4, pixels=16)
     run = fit(net, stage_one, data, progress=False)

@@ -3,9 +3,10 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from helpers import doubtful_images, same
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_annealing_kd import images, logits, one_stage, same, train
+from test_annealing_kd import logits, one_stage, train
 
 from kdbook.annealing_kd import AnnealingKD, annealing_loss, phi
 from kdbook.continuation_kd import (
@@ -174,9 +175,11 @@ def test_bad_input_names_the_values(call, words):
 
 def test_fit_checks_the_schedule_before_it_starts():
     with pytest.raises(ValueError, match="3 weights for 2 epochs"):
-        train(Recipe((Stage(ContinuationKD(1, psi=[0, 0.5, 1]), 2),)), images())
+        train(
+            Recipe((Stage(ContinuationKD(1, psi=[0, 0.5, 1]), 2),)), doubtful_images()
+        )
     with pytest.raises(ValueError, match="cannot hold 5 temperatures"):
-        train(Recipe((Stage(AnnealingKD(5), 2),)), images())
+        train(Recipe((Stage(AnnealingKD(5), 2),)), doubtful_images())
 
 
 # the objective
@@ -205,7 +208,7 @@ def test_rows_without_labels():
 
 
 def test_labels_do_not_matter_before_the_hand_over():
-    data = images()
+    data = doubtful_images()
     wrong = data.map(lambda label: {"label": (label + 1) % 4}, input_columns="label")
     only = one_stage(ContinuationKD(2, psi=step_psi(4, 4)), 4)
     assert same(train(only, data).student, train(only, wrong).student)
@@ -214,8 +217,8 @@ def test_labels_do_not_matter_before_the_hand_over():
 def test_micro_batches_give_the_same_student():
     "Up to the order of sums, since every row has its label."
     what = recipe(2, epochs=4, lr=1e-3, batch_size=16)
-    whole = train(what, images()).student.state_dict()
-    pieces = train(what, images(), micro_batches=4).student.state_dict()
+    whole = train(what, doubtful_images()).student.state_dict()
+    pieces = train(what, doubtful_images(), micro_batches=4).student.state_dict()
     torch.testing.assert_close(whole, pieces, atol=1e-5, rtol=1e-3)
 
 
@@ -233,15 +236,15 @@ def test_resumes_to_the_same_bits(tmp_path):
     Stop.__qualname__ = "ContinuationKD"
     what = one_stage(Stop(3), 6)
     with pytest.raises(KeyboardInterrupt):
-        train(what, images(), checkpoint=tmp_path / "c")
+        train(what, doubtful_images(), checkpoint=tmp_path / "c")
     Stop.broken = False
-    resumed = train(what, images(), checkpoint=tmp_path / "c")
-    assert same(resumed.student, train(what, images()).student)
+    resumed = train(what, doubtful_images(), checkpoint=tmp_path / "c")
+    assert same(resumed.student, train(what, doubtful_images()).student)
     assert len(resumed.history) == 6
 
 
 def test_few_labels_much_text_trains_on_all_rows():
-    data = hide_labels(images(rows=48), keep=12, seed=0)
+    data = hide_labels(doubtful_images(rows=48), keep=12, seed=0)
     history = train(recipe(2, epochs=4, lr=5e-3, batch_size=16), data).history
     assert [("teacher_loss" in row, "label_loss" in row) for row in history] == [
         (True, False),
@@ -253,7 +256,7 @@ def test_few_labels_much_text_trains_on_all_rows():
 
 def test_all_labels_is_plain_cross_entropy():
     "A hand-over before the first epoch is fine-tuning, to the bit."
-    data = images()
+    data = doubtful_images()
     labels_only = train(one_stage(ContinuationKD(1, psi=step_psi(3, 0)), 3), data)
     fine_tuned = train(one_stage(CrossEntropy(), 3), data)
     assert same(labels_only.student, fine_tuned.student)

@@ -5,13 +5,13 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from helpers import ROOT, wait_for
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -33,7 +33,6 @@ from kdbook.records.store import (
 )
 from kdbook.training import CrossEntropy, Recipe, Stage
 
-ROOT = Path(__file__).resolve().parent.parent
 TINY = Setting(
     "tiny", "digits", 40, 20, (4, 1), 20, (1e-2, 3e-2), tau_max=2, student=(16,)
 )
@@ -477,13 +476,6 @@ def lives(pid):
     # where nobody collects orphans they stay as zombies
     stat = Path(f"/proc/{pid}/stat")
     return not (stat.exists() and stat.read_text().rsplit(")", 1)[1].split()[0] == "Z")
-
-
-def wait_for(what, seconds):
-    end = time.monotonic() + seconds
-    while not what():
-        assert time.monotonic() < end, f"not within {seconds} s"
-        time.sleep(0.02)
 
 
 @pytest.mark.skipif(os.name == "nt", reason="kill -9 is a POSIX thing")

@@ -6,9 +6,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 from datasets import Dataset
+from helpers import go, images, net, same
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_training import go, images, net, same
 
 from kdbook.data import load_task
 from kdbook.distillation import annotate

@@ -5,13 +5,13 @@ import signal
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import pytest
 import torch
+from helpers import ROOT, changed, doubtful_images, same
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_annealing_kd import changed, images, one_stage, same, train
+from test_annealing_kd import one_stage, train
 
 from kdbook.annealing_kd import AnnealingKD, phi
 from kdbook.losses import soft_target_loss
@@ -27,13 +27,12 @@ from kdbook.progressive_kd import (
 )
 from kdbook.training import CrossEntropy, LogitMSE, Progress, Recipe, fit
 
-ROOT = Path(__file__).resolve().parent.parent
 FAST = settings(max_examples=60, deadline=None)
 
 
 def trailed(checkpoints=4, seed=0):
     "Rows whose trail turns and grows towards the last logits."
-    data = images(seed=seed)
+    data = doubtful_images(seed=seed)
     last = torch.tensor(data["teacher_logits"])
     start = torch.randn(last.shape, generator=torch.Generator().manual_seed(seed + 1))
     trail = torch.stack(
@@ -58,7 +57,7 @@ def test_trail_keeps_what_training_had(tmp_path):
     "The last checkpoint is the trained model; recording does not disturb the training."
     from safetensors.torch import load_file
 
-    data, trail = images(), Trail((1, 3, 6), tmp_path / "trail")
+    data, trail = doubtful_images(), Trail((1, 3, 6), tmp_path / "trail")
     supervised = one_stage(CrossEntropy(), 2)
     recorded = train(Recipe(supervised.stages, (trail,)), data).student
     assert same(recorded, train(supervised, data).student)
@@ -72,7 +71,7 @@ def test_trail_keeps_what_training_had(tmp_path):
 
 
 def test_annotate_trail_is_annotate_at_each_place(tmp_path):
-    data, trail = images(), Trail((1, 6), tmp_path)
+    data, trail = doubtful_images(), Trail((1, 6), tmp_path)
     train(Recipe(one_stage(CrossEntropy(), 2).stages, (trail,)), data)
     net = image_net(hidden=8, num_labels=4, pixels=16, seed=5)
     before = weights_of(net)
@@ -223,7 +222,7 @@ def first_checkpoint_only():
         (lambda: trail_target(torch.zeros(4, 2), 0.0), ["(4, 2)"]),
         (lambda: ProgressiveKD(phi="annealed", path="mean"), ["mean", "annealed"]),
         (
-            lambda: after_stage_one(ProgressiveKD(), images()),
+            lambda: after_stage_one(ProgressiveKD(), doubtful_images()),
             ["teacher_trail", "annotate_trail"],
         ),
         (
@@ -246,7 +245,7 @@ def test_bad_input_names_the_values(call, words):
 def test_missing_checkpoint_is_named(tmp_path):
     net = image_net(num_labels=4, pixels=16)
     with pytest.raises(FileNotFoundError, match="after 5 updates"):
-        annotate_trail(images(), net, Trail((5,), tmp_path))
+        annotate_trail(doubtful_images(), net, Trail((5,), tmp_path))
 
 
 def test_a_trail_gives_back_its_weights(tmp_path):

@@ -3,10 +3,10 @@
 import json
 import subprocess
 import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
+from helpers import ROOT
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -15,7 +15,6 @@ from kdbook.records import ladder as tables
 from kdbook.records import store
 from kdbook.records.settings import LADDERS, METHODS, SETTINGS, Setting
 
-ROOT = Path(__file__).resolve().parent.parent
 ABOUT = {"setting": {"name": "toy"}}
 
 

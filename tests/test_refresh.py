@@ -317,12 +317,13 @@ def test_records(sandbox):
     assert sandbox.kinds() == {"changed": {"reads"}}
 
 
-def test_whole_files_are_digested_here(tmp_path):
+def test_whole_files_are_digested_here(tmp_path, monkeypatch):
+    monkeypatch.setenv("KDBOOK_RESULTS", str(tmp_path))
     (tmp_path / "a.json").write_text("1")
-    one = refresh.answer("a.json", "", tmp_path)
+    one = refresh.answer("a.json", "")
     (tmp_path / "a.json").write_text("2")
-    assert one != refresh.answer("a.json", "", tmp_path) != "missing"
-    assert refresh.answer("b.json", "", tmp_path) == "missing"
+    assert one != refresh.answer("a.json", "") != "missing"
+    assert refresh.answer("b.json", "") == "missing"
 
 
 @pytest.mark.parametrize(

@@ -2,9 +2,10 @@
 
 import pytest
 import torch
+from helpers import changed, doubtful_images, same
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_annealing_kd import changed, images, same, train
+from test_annealing_kd import train
 from torch import nn
 
 from kdbook.lab.methods import PLANS
@@ -138,9 +139,9 @@ def test_the_shared_forward_pass_is_the_pass_of_the_update():
 
 
 def test_rows_without_labels_have_the_teacher():
-    labels = [y if i < 24 else -100 for i, y in enumerate(images()["label"])]
-    data = changed(images(), "label", labels)
-    run = train(recipe(images(20, 5), epochs=2, lr=5e-3, batch_size=16), data)
+    labels = [y if i < 24 else -100 for i, y in enumerate(doubtful_images()["label"])]
+    data = changed(doubtful_images(), "label", labels)
+    run = train(recipe(doubtful_images(20, 5), epochs=2, lr=5e-3, batch_size=16), data)
     assert run.history[-1]["teacher_weight"] > 0.5
     bare = dict(batch(4), labels=torch.full((4,), -100))
     net = image_net(8, num_labels=4, pixels=16)
@@ -152,7 +153,7 @@ def test_rows_without_labels_have_the_teacher():
 
 
 def test_forced_weights_are_plain_kd():
-    data = images()
+    data = doubtful_images()
     fixed = lambda objective: (
         train(Recipe((Stage(objective, 3, 5e-3, 16),)), data).student
     )
@@ -178,11 +179,11 @@ class Stop(Callback):
 def stoppable(held_out, stop, **kwargs):
     stage = Stage(RWKD(held_out, meta_batch_size=8), 4, 5e-3, 16)
     run = Recipe((stage,), (Stop(stop),))
-    return fit(Noisy(), run, images(), seed=0, progress=False, **kwargs)
+    return fit(Noisy(), run, doubtful_images(), seed=0, progress=False, **kwargs)
 
 
 def test_a_stopped_run_goes_on_with_the_same_held_out_rows(tmp_path):
-    rows = images(24, 5)
+    rows = doubtful_images(24, 5)
     whole = stoppable(rows, None)
     with pytest.raises(KeyboardInterrupt):
         stoppable(rows, 3, checkpoint=tmp_path)
@@ -192,33 +193,40 @@ def test_a_stopped_run_goes_on_with_the_same_held_out_rows(tmp_path):
 
 def test_a_stopped_run_does_not_go_on_with_other_held_out_rows(tmp_path):
     with pytest.raises(KeyboardInterrupt):
-        stoppable(images(24, 5), 2, checkpoint=tmp_path)
+        stoppable(doubtful_images(24, 5), 2, checkpoint=tmp_path)
     with pytest.raises(ValueError, match="another checkpoint folder"):
-        stoppable(images(24, 6), None, checkpoint=tmp_path)
+        stoppable(doubtful_images(24, 6), None, checkpoint=tmp_path)
 
 
 def test_mixed_precision_is_refused():
     with pytest.raises(ValueError, match='mixed_precision="no"'):
-        train(recipe(images(20, 5), epochs=1), images(), mixed_precision="bf16")
+        train(
+            recipe(doubtful_images(20, 5), epochs=1),
+            doubtful_images(),
+            mixed_precision="bf16",
+        )
 
 
 @pytest.mark.parametrize(
     "meta, words",
     [
         (lambda: None, "train_test_split"),
-        (lambda: images().select([0, 3]), "2 of 2 meta rows also train"),
-        (lambda: images(32, 1).select([4]), "1 of 1 meta rows also validate"),
-        (lambda: images(9, 5).remove_columns("label"), "lacks the column 'label'"),
+        (lambda: doubtful_images().select([0, 3]), "2 of 2 meta rows also train"),
+        (lambda: doubtful_images(32, 1).select([4]), "1 of 1 meta rows also validate"),
         (
-            lambda: changed(images(9, 5), "label", [-100] * 9),
+            lambda: doubtful_images(9, 5).remove_columns("label"),
+            "lacks the column 'label'",
+        ),
+        (
+            lambda: changed(doubtful_images(9, 5), "label", [-100] * 9),
             "9 of 9 meta rows have no label",
         ),
-        (lambda: images(9, 5).select([]), "0 of 0"),
+        (lambda: doubtful_images(9, 5).select([]), "0 of 0"),
     ],
 )
 def test_who_may_not_be_held_out(meta, words):
     with pytest.raises(ValueError, match=words):
-        train(recipe(meta(), epochs=1), images(), images(32, 1))
+        train(recipe(meta(), epochs=1), doubtful_images(), doubtful_images(32, 1))
 
 
 def test_rows_are_known_by_what_a_model_sees():

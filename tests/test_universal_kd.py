@@ -3,9 +3,9 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from helpers import changed, doubtful_images
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_annealing_kd import changed, images
 
 from kdbook.distillation import annotate
 from kdbook.files import fingerprint
@@ -53,8 +53,8 @@ def net(hidden=(8, 8, 8), seed=0):
 
 
 def written(seed=3):
-    teacher = train_heads(net((8, 8, 8, 8), seed), images(), progress=False)
-    return annotate(images(), teacher, cache=False, progress=False)
+    teacher = train_heads(net((8, 8, 8, 8), seed), doubtful_images(), progress=False)
+    return annotate(doubtful_images(), teacher, cache=False, progress=False)
 
 
 def kl(p, q):
@@ -195,7 +195,7 @@ def test_same_seed_same_heads_and_the_generator_stands_still():
 
 def test_heads_for_regression_are_ridge_regression():
     "Least squares with a penalty has a closed form."
-    data = images()
+    data = doubtful_images()
     data = changed(data, "label", [float(x[0] + x[1]) for x in data["pixel_values"]])
     heads = PseudoClassifiers(bare_net(8, num_labels=1), layers=(0,), example=EXAMPLE)
     train_heads(heads, data, penalty=0.2, progress=False)
@@ -210,7 +210,7 @@ def test_heads_for_regression_are_ridge_regression():
 
 
 def test_unlabelled_rows_do_not_teach_heads():
-    data = images()
+    data = doubtful_images()
     labels = [y if i % 2 else -100 for i, y in enumerate(data["label"])]
     half = train_heads(net(), data.select(range(1, 48, 2)), progress=False)
     both = train_heads(net(), changed(data, "label", labels), progress=False)
@@ -222,7 +222,7 @@ def test_unlabelled_rows_do_not_teach_heads():
 
 
 def test_the_cache_knows_which_heads_wrote():
-    rows = Rows(images())
+    rows = Rows(doubtful_images())
     wrapped = [
         net(),
         net(seed=1),
@@ -234,10 +234,10 @@ def test_the_cache_knows_which_heads_wrote():
 
 def test_annotate_twice_reads_the_cache(tmp_path, monkeypatch):
     monkeypatch.setenv("KDBOOK_CACHE", str(tmp_path))
-    teacher = train_heads(net(), images(), progress=False)
-    first = annotate(images(), teacher, progress=False)
+    teacher = train_heads(net(), doubtful_images(), progress=False)
+    first = annotate(doubtful_images(), teacher, progress=False)
     monkeypatch.setattr(PseudoClassifiers, "forward", None)
-    again = annotate(images(), teacher, progress=False)
+    again = annotate(doubtful_images(), teacher, progress=False)
     assert first["teacher_pseudo_logits"] == again["teacher_pseudo_logits"]
     assert len(first["teacher_pseudo_logits"][0]) == 2
 
@@ -259,12 +259,12 @@ def test_two_stages_and_what_is_kept():
         net((8, 8), 1),
         recipe(epochs=(2, 1), batch_size=16),
         written(),
-        images(seed=2),
+        doubtful_images(seed=2),
         progress=False,
     )
     assert [s["name"] for s in run.history] == ["layers", "layers", "labels"]
-    with_heads = predict_logits(run.student, images(), progress=False)
-    without = predict_logits(run.student.model, images(), progress=False)
+    with_heads = predict_logits(run.student, doubtful_images(), progress=False)
+    without = predict_logits(run.student.model, doubtful_images(), progress=False)
     torch.testing.assert_close(without, with_heads)
 
 
@@ -294,7 +294,7 @@ def test_mismatches_are_named():
 def test_a_wrapped_student_trains_by_any_recipe():
     "Heads that an objective does not look at change nothing."
     recipe_ = Recipe((Stage(CrossEntropy(), 2, 5e-3, 16),))
-    plain = fit(bare_net((8, 8)), recipe_, images(), progress=False).student
-    wrapped = fit(net((8, 8)), recipe_, images(), progress=False).student.model
+    plain = fit(bare_net((8, 8)), recipe_, doubtful_images(), progress=False).student
+    wrapped = fit(net((8, 8)), recipe_, doubtful_images(), progress=False).student.model
     pairs = zip(plain.state_dict().values(), wrapped.state_dict().values())
     assert all(torch.equal(a, b) for a, b in pairs)

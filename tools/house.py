@@ -303,10 +303,8 @@ def worthless_records() -> Figure:
 
 def result_files() -> Figure:
     kinds = ("--cached", "--others", "--exclude-standard")
-    run = subprocess.run(
-        ["git", "ls-files", *kinds, "results"],
-        **{"cwd": ROOT, "capture_output": True, "text": True, "check": True},
-    )
+    command = ["git", "ls-files", *kinds, "results"]
+    run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
     count = sum((ROOT / line).exists() for line in {*run.stdout.splitlines()})
     return Figure("files in results/", str(count), "<= 120", count <= 120)
 
@@ -370,10 +368,8 @@ def wide_lines() -> Figure:
 
 
 def minutes_of_tests() -> Figure:
-    path, what = (
-        ROOT / ".pytest_cache" / "kdbook_minutes",
-        "minutes of the last test run",
-    )
+    path = ROOT / ".pytest_cache" / "kdbook_minutes"
+    what = "minutes of the last test run"
     if not path.exists():
         return Figure(what, "not run", "<= 12", True)
     minutes = float(path.read_text())

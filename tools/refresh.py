@@ -14,7 +14,6 @@ outputs may still be right. A new torch or matplotlib makes nothing stale.
 
 import argparse
 import ast
-import hashlib
 import json
 import os
 import re
@@ -110,12 +109,8 @@ def uses(nb: NotebookNode, package: Package) -> Uses:
     return Uses(sha(text), list(numbers))
 
 
-def answer(file: str, query: str, results: Path = ROOT / "results") -> str:
+def answer(file: str, query: str) -> str:
     "The digest of what a file of results/ says; of all of it, where `query` is empty."
-    if not (results / file).exists():
-        return "missing"
-    if not query:
-        return hashlib.sha256((results / file).read_bytes()).hexdigest()[:16]
     from kdbook.records.store import digest
 
     return digest(file, query)
@@ -210,7 +205,7 @@ class Book:
         self.stamps = {k: v for k, v in self.stored().items() if k in present}
         self.stamps[path.stem] = stamp
         text = json.dumps(self.stamps, indent=1, sort_keys=True)
-        write_whole(self.path, TRIPLE.sub(r"[\1, \2, \3]", text) + "\n")
+        write_text(self.path, TRIPLE.sub(r"[\1, \2, \3]", text) + "\n")
         return written
 
 
@@ -302,10 +297,11 @@ def tidy(nb: NotebookNode) -> NotebookNode:
     return nb
 
 
-def write_whole(path: Path, text: str) -> None:
-    part = path.with_suffix(".partial")
-    part.write_text(text, encoding="utf-8")
-    part.replace(path)
+def write_text(path: Path, text: str) -> None:
+    from kdbook.files import whole_file
+
+    with whole_file(path) as part:
+        part.write_text(text, encoding="utf-8")
 
 
 def save(nb: NotebookNode, path: Path) -> bool:
@@ -316,7 +312,7 @@ def save(nb: NotebookNode, path: Path) -> bool:
     text = nbformat.writes(nbformat.from_dict(nb))
     if json.loads(text) == json.loads(path.read_text(encoding="utf-8")):
         return False
-    write_whole(path, text + "\n")
+    write_text(path, text + "\n")
     return True
 
 
