@@ -10,9 +10,10 @@ from typing import Any, Literal
 
 from torch import Tensor, nn
 
+from .checks import in_range
 from .losses import logit_mse
 from .rows import forward
-from .training import CrossEntropy, Loss, Progress, Recipe, Stage
+from .training import Loss, Progress, Recipe, Stage, then_labels
 
 # %% ../nbs/annealing_kd.ipynb #6c5e3918
 def phi(
@@ -22,11 +23,8 @@ def phi(
     """The annealing function, 1 - (temperature - 1) / tau_max.
 
     Raises `ValueError` outside 1 <= temperature <= tau_max."""
-    if not 1 <= temperature <= tau_max:
-        raise ValueError(
-            "temperature must be in 1..tau_max, "
-            f"got temperature={temperature}, tau_max={tau_max}"
-        )
+    in_range("1..", tau_max=tau_max)
+    in_range(f"1..{tau_max}", temperature=temperature)
     return 1 - (temperature - 1) / tau_max
 
 # %% ../nbs/annealing_kd.ipynb #9caa66a9
@@ -37,8 +35,7 @@ def temperature_schedule(
     """Each temperature lasts `epochs // tau_max` epochs; what is left over stays at 1.
 
     Raises `ValueError` where a temperature would get no epoch."""
-    if tau_max < 1:
-        raise ValueError(f"tau_max must be >= 1, got {tau_max}")
+    in_range("1..", tau_max=tau_max, epochs=epochs)
     if epochs < tau_max:
         raise ValueError(
             f"{epochs} epochs cannot hold {tau_max} temperatures: "
@@ -58,8 +55,7 @@ def annealing_loss(
     """Mean squared distance from the student's logits to `phi` times the teacher's.
 
     Raises `ValueError` if `phi` is outside (0, 1]."""
-    if not 0 < phi <= 1:
-        raise ValueError(f"phi must be in (0, 1], got {phi}")
+    in_range("(0, 1]", phi=phi)
     return logit_mse(student_logits, phi * teacher_logits, reduction)
 
 # %% ../nbs/annealing_kd.ipynb #1e56fa1b
@@ -72,8 +68,7 @@ class AnnealingKD:
         self,
         tau_max: int = 7,  # largest temperature; 1 is plain logit regression
     ):
-        if tau_max < 1:
-            raise ValueError(f"tau_max must be >= 1, got {tau_max}")
+        in_range("1..", tau_max=tau_max)
         self.tau_max = tau_max
 
     def settings(self) -> dict[str, Any]:
@@ -109,8 +104,9 @@ class AnnealingKD:
 # %% ../nbs/annealing_kd.ipynb #7adc4c16
 def recipe(
     tau_max: int = 7,  # largest temperature
+    *,
     epochs: tuple[int, int] = (14, 4),  # of stage I (no labels), of stage II (labels)
-    lr: float = 5e-4,  # peak rate of both stages
+    lr: float = 5e-4,  # > 0, peak rate of both stages
     batch_size: int = 32,  # rows per update
     label_validate_every: int = 1,  # epochs between validations in stage II
 ) -> Recipe:  # for `fit`
@@ -118,16 +114,13 @@ def recipe(
 
     Stage II begins with the best weights of stage I and a fresh optimiser. Raises
     `ValueError` where the epochs of stage I cannot hold all temperatures."""
+    two = then_labels(
+        AnnealingKD(tau_max),
+        epochs=epochs,
+        lr=lr,
+        batch_size=batch_size,
+        label_validate_every=label_validate_every,
+        name="annealed logits",
+    )
     temperature_schedule(epochs[0], tau_max)  # fails here, not an hour later
-    annealed = Stage(
-        AnnealingKD(tau_max), epochs[0], lr, batch_size, name="annealed logits"
-    )
-    labels = Stage(
-        CrossEntropy(),
-        epochs[1],
-        lr,
-        batch_size,
-        validate_every=label_validate_every,
-        name="labels",
-    )
-    return Recipe((annealed, labels))
+    return two

@@ -16,7 +16,9 @@ from typing import Any, Callable
 import torch
 from torch import Tensor, nn
 
-from .files import cache_dir, fingerprint, optional_write, write_json
+from .checks import in_range
+from .files import cache_dir, optional_write, write_json
+from .identity import fingerprint
 from .rows import Rows, encode, predict_logits
 from kdbook.words import (
     like_case,
@@ -320,13 +322,8 @@ def _check_attack(
                 f"an attack needs the column {name!r}, "
                 f"but the rows have {dataset.column_names}"
             )
-    if min(max_queries, candidates) < 1:
-        raise ValueError(
-            "max_queries and candidates must be >= 1, "
-            f"got {max_queries} and {candidates}"
-        )
-    if not -1 <= similarity <= 1:
-        raise ValueError(f"similarity must be in [-1, 1], got {similarity}")
+    in_range("1..", max_queries=max_queries, candidates=candidates)
+    in_range("[-1, 1]", similarity=similarity)
     for label in dataset["label"][:]:
         if not isinstance(label, int) or label < 0:
             raise ValueError(f"an attack needs class labels 0, 1, ...; found {label!r}")

@@ -12,9 +12,10 @@ from typing import Any, Callable, Literal, Sequence
 from torch import Tensor, nn
 
 from .annealing_kd import annealing_loss, phi, temperature_schedule
+from .checks import in_range, one_of
 from .losses import label_loss, reduce_loss
 from .rows import forward
-from .training import Loss, Progress, Recipe, Stage
+from .training import Loss, Progress, Recipe, Stage, one_stage
 
 # %% ../nbs/continuation_kd.ipynb #8456214b
 def hinge_loss(
@@ -29,10 +30,8 @@ def hinge_loss(
 
     Raises `ValueError` for a negative margin, a `phi` outside (0, 1], unequal shapes,
     an unknown `hinge` or `reduction`, and values per example of a batch's hinge."""
-    if margin < 0:
-        raise ValueError(f"margin must be >= 0, got {margin}")
-    if hinge not in ("sample", "batch"):
-        raise ValueError(f'hinge must be "sample" or "batch", got {hinge!r}')
+    in_range("[0, inf)", margin=margin)
+    one_of(("sample", "batch"), hinge=hinge)
     if hinge == "batch" and reduction == "none":
         raise ValueError(
             'hinge="batch" has one value per batch: '
@@ -52,6 +51,7 @@ def linear_psi(
     """0 up to epoch `start`, 1 from epoch `end` on, a straight line between.
 
     Raises `ValueError` if `end` is not above `start`."""
+    in_range("1..", epochs=epochs)
     end = epochs if end is None else end
     if start < 0 or end <= start:
         raise ValueError(
@@ -84,8 +84,8 @@ def paper_psi(
 
     They were printed for 30 epochs of GLUE and 200 of CIFAR. Raises `ValueError` for
     another name."""
-    if which not in ("glue", "cifar"):
-        raise ValueError(f'which must be "glue" or "cifar", got {which!r}')
+    in_range("1..", epochs=epochs)
+    one_of(("glue", "cifar"), which=which)
     numbers = range(1, epochs + 1)
     if which == "cifar":
         return [min(1.0, i / (0.75 * epochs)) for i in numbers]
@@ -105,8 +105,7 @@ def check_psi(
             "give one per epoch, or a function of the number of epochs"
         )
     for i, weight in enumerate(psi):
-        if not 0 <= weight <= 1:
-            raise ValueError(f"psi must be in [0, 1], got {weight} in epoch {i + 1}")
+        in_range("[0, 1]", f"in epoch {i + 1}, ", psi=weight)
         if i and weight < psi[i - 1]:
             raise ValueError(
                 f"psi must not fall, got {psi[i - 1]} in epoch {i} "
@@ -122,20 +121,20 @@ def mixed_loss(
     psi: float,  # in [0, 1]: weight of the labels
     margin: float = 0.1,  # >= 0, in squared logits
     hinge: Literal["sample", "batch"] = "sample",  # as in `hinge_loss`
+    per: Literal["row", "labelled"] = "row",  # as in `label_loss`
 ) -> Loss:  # its parts: phi, psi and both losses
     """`psi` times `label_loss` plus `1 - psi` times `hinge_loss` (paper, Eq. 3).
 
     A part of weight 0 is not computed. Raises `ValueError` if `psi` is outside [0, 1],
     and as `hinge_loss` does."""
-    if not 0 <= psi <= 1:
-        raise ValueError(f"psi must be in [0, 1], got {psi}")
+    in_range("[0, 1]", psi=psi)
     parts, terms = {"phi": phi, "psi": psi}, []
     if psi < 1:
         soft = hinge_loss(student_logits, teacher_logits, phi, margin, hinge)
         parts["teacher_loss"] = soft.detach()
         terms.append((1 - psi) * soft)
     if psi > 0 and (labels != -100).any():
-        hard = label_loss(student_logits, labels)
+        hard = label_loss(student_logits, labels, per=per)
         parts["label_loss"] = hard.detach()
         terms.append(psi * hard)
     return Loss(sum(terms) if terms else student_logits.sum() * 0, parts)
@@ -150,8 +149,8 @@ def stage_phi(
 
     Raises `ValueError` where a temperature would get no epoch, and for another
     `anneal`."""
-    if anneal not in ("teacher", "all"):
-        raise ValueError(f'anneal must be "teacher" or "all", got {anneal!r}')
+    one_of(("teacher", "all"), anneal=anneal)
+    in_range("1..", tau_max=tau_max)
     epochs = len(psi)
     if anneal == "teacher":
         heard = sum(weight < 1 for weight in psi)
@@ -186,22 +185,19 @@ class ContinuationKD:
         psi: Psi = linear_psi,  # weights of the labels, or epochs -> weights
         hinge: Literal["sample", "batch"] = "sample",  # as in `hinge_loss`
         anneal: Literal["teacher", "all"] = "teacher",  # as in `stage_phi`
+        per: Literal["row", "labelled"] = "row",  # as in `label_loss`
     ):
-        if tau_max < 1:
-            raise ValueError(f"tau_max must be >= 1, got {tau_max}")
-        if margin < 0:
-            raise ValueError(f"margin must be >= 0, got {margin}")
-        for name, value, known in (
-            ("hinge", hinge, ("sample", "batch")),
-            ("anneal", anneal, ("teacher", "all")),
-        ):
-            if value not in known:
-                raise ValueError(f"{name} must be one of {known}, got {value!r}")
+        in_range("1..", tau_max=tau_max)
+        in_range("[0, inf)", margin=margin)
+        one_of(("sample", "batch"), hinge=hinge)
+        one_of(("teacher", "all"), anneal=anneal)
+        one_of(("row", "labelled"), per=per)
         self.tau_max = tau_max
         self.margin = margin
         self.psi = psi
         self.hinge = hinge
         self.anneal = anneal
+        self.per = per
         self._schedules = {}  # by number of epochs, so that a batch need not make one
 
     def settings(self) -> dict[str, Any]:
@@ -212,6 +208,7 @@ class ContinuationKD:
             "psi": self.psi,
             "hinge": self.hinge,
             "anneal": self.anneal,
+            "per": self.per,
         }
 
     def schedule(
@@ -252,6 +249,7 @@ class ContinuationKD:
             weight,
             self.margin,
             self.hinge,
+            self.per,
         )
 
 # %% ../nbs/continuation_kd.ipynb #188890d0
@@ -259,16 +257,27 @@ def recipe(
     tau_max: int = 7,  # largest temperature, >= 1
     margin: float = 0.1,  # >= 0, of the hinge, in squared logits
     psi: Psi = linear_psi,  # weights of the labels, or epochs -> weights
-    epochs: int = 18,  # of the one stage, >= tau_max + 1 with the default psi
-    lr: float = 5e-4,  # peak rate
-    batch_size: int = 32,  # rows per update
     hinge: Literal["sample", "batch"] = "sample",  # as in `hinge_loss`
     anneal: Literal["teacher", "all"] = "teacher",  # as in `stage_phi`
+    per: Literal["row", "labelled"] = "row",  # as in `label_loss`
+    *,
+    epochs: int = 18,  # of the one stage, >= tau_max + 1 with the default psi
+    lr: float = 5e-4,  # > 0, peak rate
+    batch_size: int = 32,  # rows per update
+    label_validate_every: int = 1,  # epochs between validations
 ) -> Recipe:  # for `fit`
     """The one stage of Continuation-KD: annealed hinge and labels together.
 
     The best validated weights are kept. Raises `ValueError` for an impossible
     schedule."""
-    objective = ContinuationKD(tau_max, margin, psi, hinge, anneal)
+    objective = ContinuationKD(tau_max, margin, psi, hinge, anneal, per)
+    one = one_stage(
+        objective,
+        epochs=epochs,
+        lr=lr,
+        batch_size=batch_size,
+        label_validate_every=label_validate_every,
+        name="continuation",
+    )
     objective.schedule(epochs)  # an impossible schedule fails here, not an hour later
-    return Recipe((Stage(objective, epochs, lr, batch_size, name="continuation"),))
+    return one

@@ -27,6 +27,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Iterable
 
+from .checks import in_range
 from .files import cache_dir, need, sha256_of
 
 # %% ../nbs/data.ipynb #8e591a32
@@ -871,15 +872,14 @@ def rater_accuracy(
 # %% ../nbs/data.ipynb #b36efb71
 def hide_labels(
     dataset,  # Dataset with a `label` column
-    keep: int,  # rows that keep their label
-    seed: int = 0,  # picks them; a larger `keep` with the same seed keeps these too
+    labelled: int,  # rows that keep their label
+    seed: int = 0,  # picks them; a larger number with the same seed keeps these too
 ) -> "datasets.Dataset":  # same rows, same order; `label` is now a plain number
-    """The data set with label -100 on all but `keep` rows.
+    """The data set with label -100 on all but `labelled` rows.
 
-    Raises `ValueError` if there are fewer rows than `keep`."""
-    if not 0 <= keep <= len(dataset):
-        raise ValueError(f"keep must be between 0 and {len(dataset)} rows, got {keep}")
-    visible = set(seeded_order(len(dataset), f"hide {seed}")[:keep])
+    Raises `ValueError` if there are fewer rows than `labelled`."""
+    in_range(f"0..{len(dataset)}", labelled=labelled)
+    visible = set(seeded_order(len(dataset), f"hide {seed}")[:labelled])
     labels = [
         label if i in visible else -100 for i, label in enumerate(dataset["label"][:])
     ]

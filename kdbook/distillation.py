@@ -6,6 +6,7 @@
 __all__ = ['written', 'annotate']
 
 # %% ../nbs/annotate.ipynb #59e5b94a
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,6 @@ from torch import Tensor, nn
 
 from kdbook.files import (
     cache_dir,
-    fingerprint,
     note_read,
     optional_write,
     results_dir,
@@ -22,6 +22,7 @@ from kdbook.files import (
     text_crc,
     whole_file,  # noqa: F401
 )
+from .identity import fingerprint
 from kdbook.losses import (  # noqa: F401  names that were here first
     hinton_loss,
     logit_mse,
@@ -106,6 +107,7 @@ def annotate(
     max_length: int = 64,  # tokens kept per row
     cache: bool = True,  # keep what is computed in the user's cache, for the next call
     progress: bool = True,  # show a bar when there is more than a few seconds of work
+    key: str = "",  # stands for what cannot be told of a teacher, so that it is cached
 ) -> "datasets.Dataset":  # the same rows, with the column `teacher_logits` (num_labels)
     """`dataset` with what the teacher writes: `teacher_logits`, and any other columns.
 
@@ -115,8 +117,8 @@ def annotate(
         return _from_record(dataset, teacher)
     encoded = encode(dataset, teacher, tokenizer, max_length)
     rows = Rows(encoded, pad_id=pad_id_of(teacher, tokenizer))
-    if cache:
-        folder = cache_dir() / "annotations" / fingerprint(teacher, rows, batch_size)
+    folder = _folder(teacher, rows, batch_size, key) if cache else None
+    if folder:
         columns = _cached_columns(teacher, rows, batch_size, folder, progress)
     else:
         batches = length_sorted(rows.lengths, batch_size)
@@ -124,6 +126,16 @@ def annotate(
     for name, values in columns.items():
         dataset = with_column(dataset, name, values)
     return dataset
+
+
+def _folder(teacher: nn.Module, rows: Rows, batch_size: int, key: str) -> Path | None:
+    "Where the cache keeps these answers; None for a teacher that has no identity."
+    try:
+        known = fingerprint(teacher, rows, batch_size, key)
+    except ValueError as e:
+        warnings.warn(f"not cached, since {e}", stacklevel=3)
+        return None
+    return cache_dir() / "annotations" / known
 
 # %% ../nbs/annotate.ipynb #c268dae2
 def _from_record(dataset: "datasets.Dataset", name: str) -> "datasets.Dataset":

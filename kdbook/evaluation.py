@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .checks import in_range
 from .files import lazy_names
 from .rows import predict_logits
 
@@ -138,8 +139,7 @@ def reliability(
     bins: int = 10,  # equal-width bins of confidence
 ) -> Tensor:  # (bins, 3): rows, mean confidence, accuracy; nan where a bin is empty
     "The numbers of a reliability diagram (Guo et al. 2017, sec. 2)."
-    if bins < 1:
-        raise ValueError(f"bins must be >= 1, got {bins}")
+    in_range("1..", bins=bins)
     confidence, guess = F.softmax(logits.float(), dim=-1).max(-1)
     bin_of = (confidence * bins).long().clamp(max=bins - 1)
     rows = torch.bincount(bin_of, minlength=bins).double()

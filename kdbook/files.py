@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['need', 'lazy_names', 'cache_dir', 'sha256_of', 'whole_file', 'save_tensors', 'write_json', 'optional_write',
-           'results_dir', 'note_read', 'reads', 'text_crc', 'fingerprint', 'mix_seed']
+           'results_dir', 'note_read', 'reads', 'text_crc', 'mix_seed']
 
 # %% ../nbs/files.ipynb #9e07c978
 import hashlib
@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any, Callable, Iterator
 import kdbook
 
 if TYPE_CHECKING:  # torch is slow to load, and who fetches data needs none
-    from torch import Tensor, nn
+    from torch import Tensor
 
 # %% ../nbs/files.ipynb #fcb9c53d
 def need(
@@ -172,32 +172,7 @@ def text_crc(
     return torch.tensor([zlib.crc32(text.encode()) for text in dataset["text"][:]])
 
 # %% ../nbs/files.ipynb #dfed32df
-def _bytes(values: "Tensor") -> memoryview:
-    import torch
-
-    return values.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
-
-
-def fingerprint(
-    model: "nn.Module",  # its class, configuration and weights are read
-    rows: "Rows",  # its inputs are read
-    batch_size: int,  # in the key, since padding can change the last bits of a logit
-) -> str:  # 32 hexadecimal digits
-    "A key that changes whenever the teacher, the rows or the batches do."
-    import torch
-
-    kind = f"{type(model).__qualname__} {getattr(model, 'config', model)}"
-    h = hashlib.sha256(f"{kind} {batch_size}".encode())
-    for name, value in sorted(model.state_dict().items()):
-        h.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
-        h.update(_bytes(value))
-    for name, value in sorted({**rows.ragged, **rows.dense}.items()):
-        if isinstance(value, list):
-            lengths = torch.tensor([len(v) for v in value])
-            value = torch.cat([lengths, *value])
-        h.update(name.encode())
-        h.update(_bytes(value))
-    return h.hexdigest()[:32]
+__getattr__ = lazy_names(__name__, {"fingerprint": "kdbook.identity"})
 
 # %% ../nbs/files.ipynb #f104f8dd
 def mix_seed(

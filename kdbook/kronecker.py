@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['MULTIPLY', 'Spec', 'other_shape', 'rearranged', 'Factors', 'nearest_kronecker', 'kronecker_error', 'several_factors',
-           'flops', 'Way', 'way_for', 'kronecker_linear', 'KroneckerLayer', 'KroneckerLinear', 'KroneckerEmbedding',
-           'spec_layers', 'replace_layers', 'kroneckerize']
+           'flops', 'Contraction', 'contraction_for', 'kronecker_linear', 'KroneckerLayer', 'KroneckerLinear',
+           'KroneckerEmbedding', 'spec_layers', 'replace_layers', 'kroneckerize']
 
 # %% ../nbs/kronecker.ipynb #f59af4c7
 from fnmatch import fnmatchcase
@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .checks import one_of
 from .files import lazy_names, need
 from .rows import copied
 
@@ -184,7 +185,7 @@ def flops(
     return {"b": b_first, "a": a_first}
 
 # %% ../nbs/kronecker.ipynb #690d3e24
-class Way(NamedTuple):
+class Contraction(NamedTuple):
     """How an input is multiplied: the order of the factors, and a layout for A.
 
     In "rows" A meets every input vector by itself, in many small products; in "columns"
@@ -194,10 +195,10 @@ class Way(NamedTuple):
     layout: Literal["rows", "columns"]  # how A multiplies
 
 # %% ../nbs/kronecker.ipynb #eda083bc
-def way_for(
+def contraction_for(
     shape_a: tuple[int, int],  # (m1, n1)
     shape_b: tuple[int, int],  # (m2, n2)
-) -> Way:
+) -> Contraction:
     """The cheaper order by `flops`, B first on a tie, and a layout for A.
 
     Rows where what A multiplies is at least 16 wide, else columns: measured, not
@@ -205,7 +206,7 @@ def way_for(
     cost = flops(shape_a, shape_b)
     first = "b" if cost["b"] <= cost["a"] else "a"
     width = shape_b[0] if first == "b" else shape_b[1]
-    return Way(first, "rows" if width >= 16 else "columns")
+    return Contraction(first, "rows" if width >= 16 else "columns")
 
 # %% ../nbs/kronecker.ipynb #9517ee0d
 def _abreast(
@@ -281,11 +282,11 @@ def _a_columns(x: Tensor, a: Tensor, b: Tensor, bias: Tensor | None) -> Tensor:
     return y if bias is None else y.add_(bias)
 
 
-MULTIPLY = {  # each way -> the function that goes it
-    Way("b", "rows"): _b_rows,
-    Way("b", "columns"): _b_columns,
-    Way("a", "rows"): _a_rows,
-    Way("a", "columns"): _a_columns,
+MULTIPLY = {  # each contraction -> its function
+    Contraction("b", "rows"): _b_rows,
+    Contraction("b", "columns"): _b_columns,
+    Contraction("a", "rows"): _a_rows,
+    Contraction("a", "columns"): _a_columns,
 }
 
 # %% ../nbs/kronecker.ipynb #fbab10a4
@@ -293,7 +294,7 @@ def kronecker_linear(
     x: Tensor,  # (..., n)
     factors: Factors,  # n1*n2 = n
     bias: Tensor | None = None,  # (m,)
-    way: Way | None = None,  # default: what `way_for` says
+    contraction: Contraction | None = None,  # default: what `contraction_for` says
 ) -> Tensor:  # (..., m)
     """The factors' weight times each input vector, plus the bias, equation (4).
 
@@ -306,13 +307,10 @@ def kronecker_linear(
             f"inputs are {x.shape[-1]} wide, but the factors {m1}x{n1} and {m2}x{n2} "
             f"want {n1 * n2}"
         )
-    way = way or way_for((m1, n1), (m2, n2))
-    if way not in MULTIPLY:
-        raise ValueError(
-            f"way must be one of {', '.join(map(str, MULTIPLY))}; got {way!r}"
-        )
+    contraction = contraction or contraction_for((m1, n1), (m2, n2))
+    one_of(MULTIPLY, contraction=contraction)
     grid = None if bias is None else bias.view(m1, m2)
-    y = MULTIPLY[way](x.reshape(-1, n1, n2), a, b, grid)
+    y = MULTIPLY[contraction](x.reshape(-1, n1, n2), a, b, grid)
     return y.reshape(*x.shape[:-1], m1 * m2)
 
 # %% ../nbs/kronecker.ipynb #57189c95
@@ -378,7 +376,7 @@ class KroneckerLinear(KroneckerLayer):
         super().__init__((out_features, in_features), shape_a, rank)
         self.in_features = in_features
         self.out_features = out_features
-        self.way = way_for(shape_a, self.b.shape[1:])
+        self.contraction = contraction_for(shape_a, self.b.shape[1:])
         self.bias = nn.Parameter(torch.empty(out_features)) if bias else None
         self.reset_parameters()
 
@@ -394,7 +392,7 @@ class KroneckerLinear(KroneckerLayer):
         x: Tensor,  # (..., in_features)
     ) -> Tensor:  # (..., out_features)
         "`kronecker_linear`."
-        return kronecker_linear(x, self.factors, self.bias, self.way)
+        return kronecker_linear(x, self.factors, self.bias, self.contraction)
 
     @classmethod
     def from_dense(

@@ -11,7 +11,7 @@ __all__ = ['PRESETS', 'bert_spec', 'preset', 'KroneckerBertConfig', 'KroneckerBe
 # %% ../nbs/kronecker_bert.ipynb #54fce7cc
 from contextlib import ExitStack, contextmanager
 from functools import partial
-from typing import Any, Iterator, NamedTuple
+from typing import Any, Iterator, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -26,10 +26,11 @@ from transformers import (
     BertModel,
 )
 
+from .checks import in_range, one_of
 from .kronecker import KroneckerLayer, Spec, replace_layers
-from .losses import label_loss, logit_mse, soft_target_loss
-from .rows import copied, forward, logits_of
-from .training import Loss, Progress, Recipe, Stage
+from .losses import label_loss, teacher_loss
+from .rows import bare, copied, forward, logits_of
+from .training import Loss, Progress, Recipe, one_stage
 from .words import mask_tokens
 
 # %% ../nbs/kronecker_bert.ipynb #3ff885ca
@@ -230,12 +231,12 @@ def watched(
     """What `inside` reads, kept as long as the block lasts.
 
     Raises `ValueError` for a model of another kind."""
-    bare = getattr(model, "module", model)
-    base = getattr(bare, "base_model", bare)
+    own = bare(model)
+    base = getattr(own, "base_model", own)
     if not hasattr(getattr(base, "encoder", None), "layer"):
         raise ValueError(
             "intermediate layers are read from a BERT, or from a model around one; "
-            f"{type(bare).__name__} has no encoder.layer"
+            f"{type(own).__name__} has no encoder.layer"
         )
     layers = {"embedding": base.embeddings.LayerNorm}
     for i, layer in enumerate(base.encoder.layer):
@@ -368,7 +369,7 @@ class _FromInside:
         batch: dict[str, Tensor],  # inputs
     ) -> dict[str, Tensor]:
         "The three intermediate losses."
-        heads = getattr(student, "module", student).config.num_attention_heads
+        heads = bare(student).config.num_attention_heads
         mask = batch.get("attention_mask")
         return intermediate_losses(inside(kept, heads), teacher_inside, mask)
 
@@ -393,6 +394,7 @@ class PretrainingKD(_FromInside):
         bf16: bool = False,  # the teacher runs in bfloat16, where that is quicker
     ):
         super().__init__(teacher, bf16)
+        in_range("(0, 1]", mask_rate=mask_rate)
         self.mask_rate = mask_rate
 
     def settings(self) -> dict[str, Any]:
@@ -403,16 +405,16 @@ class PretrainingKD(_FromInside):
         self, student: nn.Module, batch: dict[str, Tensor], progress: Progress
     ) -> Loss:
         "Masked-LM loss and the three intermediate losses, weight 1 each."
-        bare = getattr(student, "module", student)
-        if not hasattr(bare, "tokenizer"):
+        own = bare(student)
+        if not hasattr(own, "tokenizer"):
             raise ValueError(
-                f"{type(bare).__name__} has no .tokenizer, which says what may be "
+                f"{type(own).__name__} has no .tokenizer, which says what may be "
                 "covered: set student.tokenizer"
             )
         ids = batch["input_ids"]
         batch = {"attention_mask": torch.ones_like(ids), **batch}
         covered, where = mask_tokens(
-            ids, batch["attention_mask"], bare.tokenizer, self.mask_rate
+            ids, batch["attention_mask"], own.tokenizer, self.mask_rate
         )
         if not where.any():  # a batch needs a hole: the first token is soon guessed
             where[:, 0] = True
@@ -420,7 +422,7 @@ class PretrainingKD(_FromInside):
         _, teacher_inside = self.teacher_output(
             self.teacher.base_model, inputs, lambda output: output.last_hidden_state
         )
-        with watched(student) as kept, at_holes(bare, where):
+        with watched(student) as kept, at_holes(own, where):
             logits = forward(student, inputs)
         losses = self.layer_losses(student, kept, teacher_inside, inputs)
         return _sum_of(losses | {"masked_lm": label_loss(logits, ids[where])})
@@ -438,13 +440,16 @@ class TaskKD(_FromInside):
         teacher: nn.Module | None = None,  # fine-tuned on the task; None: to look at it
         temperature: float = 1.0,  # > 0, of the logit loss
         bf16: bool = False,  # the teacher runs in bfloat16
+        per: Literal["row", "labelled"] = "row",  # as in `label_loss`
     ):
         super().__init__(teacher, bf16)
-        self.temperature = temperature
+        in_range("(0, inf)", temperature=temperature)
+        one_of(("row", "labelled"), per=per)
+        self.temperature, self.per = temperature, per
 
     def settings(self) -> dict[str, Any]:
         "Its arguments, without the teacher."
-        return {"temperature": self.temperature, "bf16": self.bf16}
+        return {"temperature": self.temperature, "bf16": self.bf16, "per": self.per}
 
     def __call__(
         self, student: nn.Module, batch: dict[str, Tensor], progress: Progress
@@ -455,44 +460,58 @@ class TaskKD(_FromInside):
         )
         with watched(student) as kept:
             logits = forward(student, batch)
-        if logits.shape[-1] == 1:
-            logit_loss = logit_mse(logits, teacher_logits)
-        else:
-            logit_loss = soft_target_loss(logits, teacher_logits, self.temperature)
         losses = self.layer_losses(student, kept, teacher_inside, batch)
-        losses |= {"logits": logit_loss, "labels": label_loss(logits, batch["labels"])}
+        losses["logits"] = teacher_loss(logits, teacher_logits, self.temperature)
+        losses["labels"] = label_loss(logits, batch["labels"], per=self.per)
         return _sum_of(losses)
 
 # %% ../nbs/kronecker_bert.ipynb #ff473320
 def pretraining_recipe(
     teacher: nn.Module | None = None,  # a BERT with a masked-LM head
-    epochs: int = 3,  # passes over text without labels
-    lr: float = 1e-3,  # peak rate
-    batch_size: int = 64,  # rows per update
-    mask_rate: float = 0.15,  # share of the tokens that are covered
+    mask_rate: float = 0.15,  # in (0, 1]: share of the tokens that are covered
     bf16: bool = False,  # the teacher runs in bfloat16
+    *,
+    epochs: int = 18,  # passes over text without labels; three are a beginning
+    lr: float = 5e-4,  # > 0, peak rate
+    batch_size: int = 32,  # rows per update
+    label_validate_every: int = 1,  # epochs between validations
 ) -> Recipe:  # for `fit`
     """Stage one.
 
     The student is `kroneckerize(teacher, spec)`, and there is no validation data."""
-    objective = PretrainingKD(teacher, mask_rate, bf16)
-    return Recipe((Stage(objective, epochs, lr, batch_size, name="pre-training"),))
+    return one_stage(
+        PretrainingKD(teacher, mask_rate, bf16),
+        epochs=epochs,
+        lr=lr,
+        batch_size=batch_size,
+        label_validate_every=label_validate_every,
+        name="pre-training",
+    )
 
 # %% ../nbs/kronecker_bert.ipynb #48fba15b
 def recipe(
     teacher: nn.Module | None = None,  # a BERT fine-tuned on the task
-    epochs: int = 10,  # passes over the task's rows
-    lr: float = 1e-4,  # peak rate
-    batch_size: int = 32,  # rows per update
-    temperature: float = 1.0,  # of the logit loss
+    temperature: float = 1.0,  # > 0, of the logit loss
     bf16: bool = False,  # the teacher runs in bfloat16
+    per: Literal["row", "labelled"] = "row",  # as in `label_loss`
+    *,
+    epochs: int = 18,  # passes over the task's rows
+    lr: float = 5e-4,  # > 0, peak rate; a pretrained student wants less
+    batch_size: int = 32,  # rows per update
+    label_validate_every: int = 1,  # epochs between validations
 ) -> Recipe:  # for `fit`
     """Stage two.
 
     The student comes from `kroneckerize(teacher, spec)` and, where there was a stage
     one, from `with_encoder`."""
-    objective = TaskKD(teacher, temperature, bf16)
-    return Recipe((Stage(objective, epochs, lr, batch_size, name="Kronecker, task"),))
+    return one_stage(
+        TaskKD(teacher, temperature, bf16, per),
+        epochs=epochs,
+        lr=lr,
+        batch_size=batch_size,
+        label_validate_every=label_validate_every,
+        name="Kronecker, task",
+    )
 
 # %% ../nbs/kronecker_bert.ipynb #bd5f352c
 def with_encoder(

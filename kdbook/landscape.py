@@ -17,9 +17,18 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from .checks import in_range, one_of
 from .files import mix_seed
 from .losses import label_loss
-from .rows import Rows, encode, forward, length_sorted, pad_id_of, progress_bar
+from kdbook.rows import (
+    Rows,
+    encode,
+    forward,
+    length_sorted,
+    pad_id_of,
+    progress_bar,
+    trained_parameters,
+)
 
 # %% ../nbs/landscape.ipynb #399860d3
 def trained_weights(
@@ -29,16 +38,8 @@ def trained_weights(
 
     Frozen ones, such as word embeddings, stay out. Raises `ValueError` if there are no
     others."""
-    weights = {
-        name: p.detach().clone()
-        for name, p in model.named_parameters()
-        if p.requires_grad
-    }
-    if not weights:
-        raise ValueError(
-            f"{type(model).__name__} has no parameter with requires_grad: unfreeze some"
-        )
-    return weights
+    trained = trained_parameters(model)
+    return {name: p.detach().clone() for name, p in trained.items()}
 
 # %% ../nbs/landscape.ipynb #c0367b28
 def direction_to(
@@ -96,8 +97,7 @@ def random_direction(
     Rows, or with "layer" whole tensors, get the norm they have in `weights`; tensors of
     one dimension get zeros. With "none" nothing is scaled and nothing is zero. Raises
     `ValueError` for another `norm`."""
-    if norm not in ("filter", "layer", "none"):
-        raise ValueError(f'norm must be "filter", "layer" or "none", got {norm!r}')
+    one_of(("filter", "layer", "none"), norm=norm)
     g = torch.Generator().manual_seed(seed)
     raw = {name: torch.randn(w.shape, generator=g).to(w) for name, w in weights.items()}
     if norm == "none":
@@ -420,11 +420,8 @@ def sharpness(
     own gets a batch with labels and teacher_logits, where the rows have them. Raises
     `ValueError` for `rho` or `steps` out of range, and for rows without the labels that
     the default loss needs."""
-    if rho <= 0 or min(steps, batch_size) < 1:
-        raise ValueError(
-            "need rho > 0, steps >= 1 and batch_size >= 1, "
-            f"got rho={rho}, steps={steps}, batch_size={batch_size}"
-        )
+    in_range("(0, inf)", rho=rho)
+    in_range("1..", steps=steps, batch_size=batch_size)
     rows = _loss_rows(model, dataset, loss, tokenizer, max_length)
     order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed))
     chunks = [c.tolist() for c in order.tensor_split(max(1, len(rows) // batch_size))]
@@ -473,8 +470,7 @@ def hessian_trace(
     A `loss` of your own is a mean over rows; it gets a batch with labels and
     teacher_logits, where the rows have them. Raises `ValueError` for fewer than 1
     sample, and for rows without the labels that the default loss needs."""
-    if samples < 1:
-        raise ValueError(f"samples must be >= 1, got {samples}")
+    in_range("1..", samples=samples)
     rows = _loss_rows(model, dataset, loss, tokenizer, max_length)
     weights = trained_weights(model)
     indices = length_sorted(rows.lengths, batch_size)

@@ -8,6 +8,7 @@ __all__ = ['transition_matrix', 'corrupt', 'human_label', 'memorised', 'Memorisa
            'recipe']
 
 # %% ../nbs/noisy_label_kd.ipynb #705689dd
+import inspect
 import math
 from typing import Any, Callable, Literal
 
@@ -15,7 +16,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .checks import in_range, one_of
 from .losses import label_loss, reduce_loss, soft_target_loss
+from .recipes import along, ends
 from kdbook.rows import (
     Rows,
     encode,
@@ -25,7 +28,7 @@ from kdbook.rows import (
     predict_logits,
     with_column,
 )
-from .training import Callback, Loss, Progress, Recipe, Run, Stage
+from .training import Callback, Loss, Progress, Recipe, Run, one_stage
 
 # %% ../nbs/noisy_label_kd.ipynb #1dbb6359
 def transition_matrix(
@@ -37,10 +40,8 @@ def transition_matrix(
 
     Raises `ValueError` for another `kind`, a `rate` outside [0, 1], and fewer than 2
     classes."""
-    if kind not in ("symmetric", "pair"):
-        raise ValueError(f'kind must be "symmetric" or "pair", got {kind!r}')
-    if not 0 <= rate <= 1:
-        raise ValueError(f"rate must be in [0, 1], got {rate}")
+    one_of(("symmetric", "pair"), kind=kind)
+    in_range("[0, 1]", rate=rate)
     if num_labels < 2:
         raise ValueError(
             f"noise needs at least 2 classes to confuse, got num_labels={num_labels}"
@@ -194,11 +195,14 @@ class Memorisation(Callback):
         "Its arguments but the rows."
         return {"max_length": self.max_length}
 
-    def after_epoch(self, run: Run, progress: Progress) -> None:
-        "Add a line to `epochs_seen`."
-        if run.stage == 0 and progress.epoch == 1:  # a new run
+    def before_stage(self, run: Run, progress: Progress) -> None:
+        "A new run begins a new list."
+        if run.stage == 0:
             self.epochs_seen = []
             self._inputs = None
+
+    def after_epoch(self, run: Run, progress: Progress) -> None:
+        "Add a line to `epochs_seen`."
         if self._inputs is None:
             self._inputs = Rows(
                 encode(self.rows, run.student, self.tokenizer, self.max_length),
@@ -225,10 +229,8 @@ def bootstrap_targets(
     """`1 - beta` of the observed label and `beta` of the teacher's opinion (our Eq. 3).
 
     Raises `ValueError` outside the ranges."""
-    if not 0 <= beta <= 1:
-        raise ValueError(f"beta must be in [0, 1], got {beta}")
-    if temperature <= 0:
-        raise ValueError(f"temperature must be > 0, got {temperature}")
+    in_range("[0, 1]", beta=beta)
+    in_range("(0, inf)", temperature=temperature)
     believed = F.softmax(teacher_logits.detach() / temperature, dim=-1)
     observed = F.one_hot(labels.clamp(min=0), teacher_logits.shape[-1])
     return (1 - beta) * observed + beta * believed
@@ -247,15 +249,18 @@ class SoftRelabelling:
         temperature: float = 2.0,  # > 0, of the soft targets
         alpha: float = 0.5,  # in [0, 1]: weight of the soft targets
         relabel_temperature: float = 1.0,  # > 0, of the teacher in the labels
+        per: Literal["row", "labelled"] = "row",  # as in `label_loss`
     ):
-        _check_mix(temperature, alpha)
-        label, logits = torch.zeros(1, dtype=torch.long), torch.zeros(1, 2)
-        for b in beta if isinstance(beta, tuple) else (beta,):
-            bootstrap_targets(label, logits, b, relabel_temperature)  # checks both
+        for end in ends(beta):
+            in_range("[0, 1]", beta=end, alpha=alpha)
+        in_range("(0, inf)", temperature=temperature)
+        in_range("(0, inf)", relabel_temperature=relabel_temperature)
+        one_of(("row", "labelled"), per=per)
         self.beta = beta
         self.temperature = temperature
         self.alpha = alpha
         self.relabel_temperature = relabel_temperature
+        self.per = per
 
     def settings(self) -> dict[str, Any]:
         "Its arguments."
@@ -264,6 +269,7 @@ class SoftRelabelling:
             "temperature": self.temperature,
             "alpha": self.alpha,
             "relabel_temperature": self.relabel_temperature,
+            "per": self.per,
         }
 
     def __call__(
@@ -272,28 +278,17 @@ class SoftRelabelling:
         "Soft targets, and cross-entropy with `bootstrap_targets`."
         logits = forward(student, batch)
         labels, teacher_logits = batch["labels"], batch["teacher_logits"]
-        beta = _now(self.beta, progress)
+        beta = along(self.beta, progress)
         soft = soft_target_loss(logits, teacher_logits, self.temperature)
         targets = bootstrap_targets(
             labels, teacher_logits, beta, self.relabel_temperature
         )
         losses = F.cross_entropy(logits, targets, reduction="none")
-        hard = reduce_loss(losses, "mean", labels != -100)
+        known = labels != -100
+        hard = reduce_loss(losses, "mean", known)
+        if self.per == "row":
+            hard = hard * known.to(hard.dtype).mean()
         return Loss(self.alpha * soft + (1 - self.alpha) * hard, {"beta": beta})
-
-# %% ../nbs/noisy_label_kd.ipynb #c455a258
-def _now(value: float | tuple[float, float], progress: Progress) -> float:
-    "A constant, or the point on the line from one value to another."
-    start, end = value if isinstance(value, tuple) else (value, value)
-    return start + (end - start) * progress.t
-
-
-def _check_mix(temperature: float, alpha: float) -> None:
-    "Raise `ValueError` for numbers that plain KD cannot have."
-    if temperature <= 0:
-        raise ValueError(f"temperature must be > 0, got {temperature}")
-    if not 0 <= alpha <= 1:
-        raise ValueError(f"alpha must be in [0, 1], got {alpha}")
 
 # %% ../nbs/noisy_label_kd.ipynb #355d0d5d
 def support_of(
@@ -317,6 +312,7 @@ def supported(
     threshold: float = 0.5,  # the probability that the teacher must give the label
 ) -> Tensor:  # (batch,), bool; False where there is no label
     "Which labels the teacher vouches for."
+    in_range("[0, 1]", threshold=threshold)
     return (support_of(labels, teacher_logits) >= threshold) & (labels != -100)
 
 # %% ../nbs/noisy_label_kd.ipynb #256b9e81
@@ -332,7 +328,7 @@ def gated_loss(
 
     Both parts are means over the whole batch. Raises `ValueError` outside the ranges
     and for another gate."""
-    _check_mix(temperature, alpha)
+    in_range("[0, 1]", alpha=alpha)
     if gate.shape != labels.shape:
         raise ValueError(
             f"gate {tuple(gate.shape)} != labels {tuple(labels.shape)}: "
@@ -380,12 +376,13 @@ class SelectiveKD:
 
     def __init__(
         self,
-        threshold: float = 0.5,  # the probability that the label must have
+        threshold: float = 0.5,  # in [0, 1]: the probability that the label must have
         temperature: float = 2.0,  # > 0, of the soft targets
         alpha: float = 0.5,  # in [0, 1]: weight of the soft targets
         support: str = "teacher_oof_logits",  # column that decides; see `out_of_fold`
     ):
-        _check_mix(temperature, alpha)
+        in_range("[0, 1]", threshold=threshold, alpha=alpha)
+        in_range("(0, inf)", temperature=temperature)
         self.threshold = threshold
         self.temperature = temperature
         self.alpha = alpha
@@ -419,21 +416,20 @@ class SelectiveKD:
 # %% ../nbs/noisy_label_kd.ipynb #5c08cba1
 def small_losses(
     losses: Tensor,  # (batch,), label losses
-    keep: float = 0.8,  # in (0, 1]: share of the labelled rows to keep
+    share: float = 0.8,  # in (0, 1]: of the labelled rows, those to keep
     labels: Tensor | None = None,  # (batch,); rows with -100 are never kept
 ) -> Tensor:  # (batch,), bool
     """The rows with the smallest losses, which networks learn before what is wrong.
 
-    `keep` is 1 minus the noise rate, where that is known. Raises `ValueError` for
-    `keep` outside (0, 1]."""
-    if not 0 < keep <= 1:
-        raise ValueError(f"keep must be in (0, 1], got {keep}")
+    `share` is 1 minus the noise rate, where that is known. Raises `ValueError` for
+    `share` outside (0, 1]."""
+    in_range("(0, 1]", share=share)
     known = torch.ones_like(losses, dtype=torch.bool)
     if labels is not None:
         known = labels != -100
     order = losses.detach().masked_fill(~known, math.inf).argsort(stable=True)
     kept = torch.zeros_like(known)
-    kept[order[: math.ceil(keep * int(known.sum()))]] = True
+    kept[order[: math.ceil(share * int(known.sum()))]] = True
     return kept
 
 # %% ../nbs/noisy_label_kd.ipynb #669495ec
@@ -446,21 +442,25 @@ class SmallLossKD:
 
     def __init__(
         self,
-        keep: float | tuple[float, float] = (1.0, 0.8),  # in (0, 1]: fixed, or from, to
+        share: float | tuple[float, float] = (
+            1.0,
+            0.8,
+        ),  # in (0, 1]: fixed; or from, to
         temperature: float = 2.0,  # > 0, of the soft targets
         alpha: float = 0.5,  # in [0, 1]: weight of the soft targets
     ):
-        _check_mix(temperature, alpha)
-        for k in keep if isinstance(keep, tuple) else (keep,):
-            small_losses(torch.zeros(1), k)  # checks it
-        self.keep = keep
+        for end in ends(share):
+            in_range("(0, 1]", share=end)
+        in_range("[0, 1]", alpha=alpha)
+        in_range("(0, inf)", temperature=temperature)
+        self.share = share
         self.temperature = temperature
         self.alpha = alpha
 
     def settings(self) -> dict[str, Any]:
         "Its arguments."
         return {
-            "keep": self.keep,
+            "share": self.share,
             "temperature": self.temperature,
             "alpha": self.alpha,
         }
@@ -471,7 +471,7 @@ class SmallLossKD:
         "`gated_loss` with the gate of `small_losses`."
         logits, labels = forward(student, batch), batch["labels"]
         losses = label_loss(logits, labels, "none")
-        gate = small_losses(losses, _now(self.keep, progress), labels)
+        gate = small_losses(losses, along(self.share, progress), labels)
         loss = gated_loss(
             logits,
             batch["teacher_logits"],
@@ -492,18 +492,38 @@ _MITIGATIONS = {
 
 def recipe(
     mitigation: Literal["relabel", "select", "small_loss"] = "select",  # of the three
-    epochs: int = 18,  # of the one stage
-    lr: float = 5e-4,  # peak rate
-    batch_size: int = 32,  # rows per update
     temperature: float = 2.0,  # > 0, of the soft targets
     alpha: float = 0.5,  # in [0, 1]: weight of the soft targets
+    beta: float | tuple[float, float] | None = None,  # of "relabel": (0.0, 1.0)
+    relabel_temperature: float | None = None,  # of "relabel": 1.0
+    per: Literal["row", "labelled"] | None = None,  # of "relabel": "row"
+    threshold: float | None = None,  # of "select": 0.5
+    support: str | None = None,  # of "select": "teacher_oof_logits"
+    share: float | tuple[float, float] | None = None,  # of "small_loss": (1.0, 0.8)
+    *,
+    epochs: int = 18,  # of the one stage
+    lr: float = 5e-4,  # > 0, peak rate
+    batch_size: int = 32,  # rows per update
+    label_validate_every: int = 1,  # epochs between validations
 ) -> Recipe:  # for `fit`
     """One stage of distillation that distrusts its labels.
 
-    Raises `ValueError` for an unknown `mitigation`."""
-    if mitigation not in _MITIGATIONS:
-        raise ValueError(
-            f"mitigation must be one of {tuple(_MITIGATIONS)}, got {mitigation!r}"
-        )
-    objective = _MITIGATIONS[mitigation](temperature=temperature, alpha=alpha)
-    return Recipe((Stage(objective, epochs, lr, batch_size, name=mitigation),))
+    None leaves a number at the default given beside it. Raises `ValueError` for an
+    unknown `mitigation`, and for an argument of another one."""
+    one_of(_MITIGATIONS, mitigation=mitigation)
+    own = dict(beta=beta, relabel_temperature=relabel_temperature, per=per)
+    own |= dict(threshold=threshold, support=support, share=share)
+    own = {name: value for name, value in own.items() if value is not None}
+    kind = _MITIGATIONS[mitigation]
+    known = inspect.signature(kind).parameters
+    for name in own:
+        if name not in known:
+            raise ValueError(f"{mitigation!r} has no {name}; it has {list(known)}")
+    return one_stage(
+        kind(temperature=temperature, alpha=alpha, **own),
+        epochs=epochs,
+        lr=lr,
+        batch_size=batch_size,
+        label_validate_every=label_validate_every,
+        name=mitigation,
+    )

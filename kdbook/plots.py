@@ -18,6 +18,8 @@ from matplotlib.axes import Axes
 from matplotlib.colors import LinearSegmentedColormap, to_hex, to_rgb
 from matplotlib.ticker import MaxNLocator
 
+from .checks import in_range, one_of
+
 # %% ../nbs/plots.ipynb #7453509c
 _METHODS = {  # key: (colour, marker, name in the text)
     "alone": ("#747474", "o", "student alone"),
@@ -246,8 +248,7 @@ def band_of(
     runs = np.asarray(runs, dtype=float)
     if runs.ndim != 2:
         raise ValueError(f"runs must be (seeds, points), got the shape {runs.shape}")
-    if band not in ("std", "t95"):
-        raise ValueError(f"band must be 'std' or 't95', got {band!r}")
+    one_of(("std", "t95"), band=band)
     n = len(runs)
     mean = runs.mean(0)
     if n == 1:
@@ -440,8 +441,7 @@ def soft_targets_bars(
     """Draws softmax(logits / temperature) as bars (Hinton et al. 2015, eq. 1).
 
     Raises `ValueError` if `temperature` is not positive."""
-    if temperature <= 0:
-        raise ValueError(f"temperature must be > 0, got {temperature}")
+    in_range("(0, inf)", temperature=temperature)
     scaled = np.asarray(logits, dtype=float) / temperature
     probs = np.exp(scaled - scaled.max())
     probs = probs / probs.sum()
@@ -457,7 +457,7 @@ def soft_targets_bars(
 def reliability_bars(
     ax: Axes,  # where to draw
     bins,  # (bins, 3): rows, confidence, accuracy, as of `evaluation.reliability`
-    least: int = 20,  # bins with fewer rows are left out
+    min_rows: int = 20,  # bins with fewer rows are left out
     color=None,  # of the bars; None is plain KD's
 ) -> int:  # bars drawn
     """Draws accuracy by confidence, with the diagonal of a calibrated model.
@@ -469,7 +469,7 @@ def reliability_bars(
             f"bins must be (bins, 3): rows, confidence, accuracy; got {bins.shape}"
         )
     middles = (np.arange(len(bins)) + 0.5) / len(bins)
-    full = bins[:, 0] >= least
+    full = bins[:, 0] >= min_rows
     color = color or METHOD_COLORS["hinton"]
     ax.bar(middles[full], bins[full, 2], 0.9 / len(bins), color=color)
     ax.plot([0, 1], [0, 1], "--", color="#555555", linewidth=1.4)

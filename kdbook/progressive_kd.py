@@ -13,10 +13,11 @@ import torch
 from torch import Tensor, nn
 
 from .annealing_kd import phi
+from .checks import in_range, one_of
 from .files import save_tensors
 from .losses import logit_mse, soft_target_loss
 from .rows import forward, with_column
-from .training import Callback, CrossEntropy, Loss, Progress, Recipe, Run, Stage
+from .training import Callback, Loss, Progress, Recipe, Run, Stage, then_labels
 
 # %% ../nbs/progressive_kd.ipynb #e7813554
 class Trail(Callback):
@@ -81,7 +82,7 @@ def annotate_trail(
     dataset: "datasets.Dataset",  # rows with text, tokens or pixels
     model: nn.Module,  # of the trail's architecture; gets its own weights back
     trail: Trail,  # whose files are all there
-    **settings: Any,  # passed on to `annotate`, such as batch_size, cache, progress
+    **options: Any,  # passed on to `annotate`, such as batch_size, cache, progress
 ) -> "datasets.Dataset":  # with `teacher_trail`, and its last as `teacher_logits`
     """The data set with the logits of every checkpoint of a trail for every row.
 
@@ -94,7 +95,7 @@ def annotate_trail(
     logits = []
     try:
         for step in trail.steps:
-            annotated = annotate(dataset, trail.load(model, step), **settings)
+            annotated = annotate(dataset, trail.load(model, step), **options)
             logits.append(torch.tensor(annotated["teacher_logits"][:]))
     finally:
         model.load_state_dict(own_weights)
@@ -191,24 +192,21 @@ class ProgressiveKD:
 
     def __init__(
         self,
-        phi: Literal["none", "annealed"] = "none",  # scale of the k-th of n: 1, or k/n
+        annealed: bool = False,  # scale the k-th of n targets by k/n
         loss: Literal["mse", "kl"] = "mse",  # `logit_mse`, or `soft_target_loss`
         path: Order | Literal["mean"] | int = "forward",  # as in `trail_target`
         temperature: float = 2.0,  # > 0, of loss="kl"
     ):
-        if phi not in ("none", "annealed"):
-            raise ValueError(f'phi must be "none" or "annealed", got {phi!r}')
-        if loss not in ("mse", "kl"):
-            raise ValueError(f'loss must be "mse" or "kl", got {loss!r}')
-        if path == "mean" and phi == "annealed":
+        one_of((True, False), annealed=annealed)
+        one_of(("mse", "kl"), loss=loss)
+        in_range("(0, inf)", temperature=temperature)
+        if path == "mean" and annealed:
             raise ValueError(
-                'path="mean" is one target: phi must be "none", got "annealed"'
+                'path="mean" is one target for the whole stage: annealed must be False'
             )
         if path != "mean":
             footsteps(max(2, path) if isinstance(path, int) else 2, path)
-        if temperature <= 0:
-            raise ValueError(f"temperature must be > 0, got {temperature}")
-        self.phi = phi
+        self.annealed = annealed
         self.loss = loss
         self.path = path
         self.temperature = temperature
@@ -216,7 +214,7 @@ class ProgressiveKD:
     def settings(self) -> dict[str, Any]:
         "Its arguments."
         return {
-            "phi": self.phi,
+            "annealed": self.annealed,
             "loss": self.loss,
             "path": self.path,
             "temperature": self.temperature,
@@ -245,7 +243,7 @@ class ProgressiveKD:
     ) -> Loss:
         "Distance to the present checkpoint."
         target, number = trail_target(
-            batch["teacher_trail"], progress.t, self.path, self.phi == "annealed"
+            batch["teacher_trail"], progress.t, self.path, self.annealed
         )
         student_logits = forward(student, batch)
         if self.loss == "kl":
@@ -256,25 +254,25 @@ class ProgressiveKD:
 
 # %% ../nbs/progressive_kd.ipynb #89aa4387
 def recipe(
-    phi: Literal["none", "annealed"] = "none",  # scale of the targets along the trail
+    annealed: bool = False,  # scale the k-th of n checkpoints by k/n
     loss: Literal["mse", "kl"] = "mse",  # distance to them
-    epochs: tuple[int, int] = (8, 4),  # of stage I (no labels), of stage II (labels)
+    path: Order | Literal["mean"] | int = "forward",  # as in `trail_target`
+    temperature: float = 2.0,  # > 0, of loss="kl"
+    *,
+    epochs: tuple[int, int] = (14, 4),  # of stage I (no labels), of stage II (labels)
     lr: float = 5e-4,  # > 0, peak rate of both stages
     batch_size: int = 32,  # rows per update
-    path: Order | Literal["mean"] | int = "forward",  # as in `trail_target`
     label_validate_every: int = 1,  # epochs between validations in stage II
 ) -> Recipe:  # for `fit`
     """The two stages of our Pro-KD: the trail under one optimiser, then hard labels.
 
     Stage II begins with the best weights of stage I. Raises `ValueError` as
     `ProgressiveKD` does."""
-    follow = ProgressiveKD(phi, loss, path)
-    labels = Stage(
-        CrossEntropy(),
-        epochs[1],
-        lr,
-        batch_size,
-        validate_every=label_validate_every,
-        name="labels",
+    return then_labels(
+        ProgressiveKD(annealed, loss, path, temperature),
+        epochs=epochs,
+        lr=lr,
+        batch_size=batch_size,
+        label_validate_every=label_validate_every,
+        name="trail",
     )
-    return Recipe((Stage(follow, epochs[0], lr, batch_size, name="trail"), labels))

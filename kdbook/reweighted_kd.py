@@ -8,18 +8,29 @@ __all__ = ['per_sample_losses', 'weights_of', 'weighted_loss', 'meta_gradient', 
 
 # %% ../nbs/reweighted_kd.ipynb #3be1f414
 import math
-from contextlib import contextmanager
-from typing import Any, Iterator, Literal
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call, jvp
 
+from .checks import in_range, one_of
 from .files import mix_seed
-from .losses import label_loss, logit_mse, soft_target_loss
-from .rows import INPUTS, Rows, encode, forward, logits_of, pad_id_of
-from .training import Loss, Progress, Recipe, Stage
+from .losses import label_loss, teacher_loss
+from .recipes import along, ends
+from kdbook.rows import (
+    INPUTS,
+    Rows,
+    bare,
+    encode,
+    forward,
+    logits_of,
+    pad_id_of,
+    seeded,
+    trained_parameters,
+)
+from .training import Loss, Progress, Recipe, Stage, one_stage
 
 # %% ../nbs/reweighted_kd.ipynb #ab9021ee
 def per_sample_losses(
@@ -31,13 +42,9 @@ def per_sample_losses(
     """Both losses, row by row (our Eq. 1); squared errors for one output.
 
     Raises `ValueError` as `soft_target_loss` does."""
-    if student_logits.shape[-1] == 1:
-        teacher_part = logit_mse(student_logits, teacher_logits, "none")
-    else:
-        teacher_part = soft_target_loss(
-            student_logits, teacher_logits, temperature, "none"
-        )
-    return torch.stack([label_loss(student_logits, labels, "none"), teacher_part], -1)
+    of_labels = label_loss(student_logits, labels, "none")
+    of_teacher = teacher_loss(student_logits, teacher_logits, temperature, "none")
+    return torch.stack([of_labels, of_teacher], -1)
 
 # %% ../nbs/reweighted_kd.ipynb #2511d013
 def weights_of(
@@ -48,8 +55,7 @@ def weights_of(
     """The teacher's weight: clipped below, then normalised within the row (our Eq. 4).
 
     Raises `ValueError` for a `floor` that is not positive."""
-    if floor <= 0:
-        raise ValueError(f"floor must be > 0, got {floor}")
+    in_range("(0, inf)", floor=floor)
     if alignment.ndim != 2 or alignment.shape[1] != 2:
         raise ValueError(
             f"alignment must be (batch, 2), label first, got {tuple(alignment.shape)}"
@@ -75,22 +81,6 @@ def weighted_loss(
     return ((1 - weights) * losses[:, 0] + weights * losses[:, 1]).mean()
 
 # %% ../nbs/reweighted_kd.ipynb #009fd8a2
-@contextmanager
-def _same_masks(seed: int, device: torch.device) -> Iterator[None]:
-    "Dropout in the block is that of `seed`; outside, the generators do not move."
-    on_gpu = device.type == "cuda"
-    # torch.manual_seed would also reseed the GPUs
-    reseed = torch.manual_seed if on_gpu else torch.default_generator.manual_seed
-    with torch.random.fork_rng(devices=[device] if on_gpu else []):
-        reseed(seed)
-        yield
-
-
-def _trained(student: nn.Module) -> dict[str, Tensor]:
-    "The weights that training moves, by name."
-    return {name: p for name, p in student.named_parameters() if p.requires_grad}
-
-
 def _losses_at(
     student: nn.Module,
     weights: dict[str, Tensor],
@@ -101,7 +91,7 @@ def _losses_at(
     "`per_sample_losses` of the student with other weights; nothing in it changes."
     buffers = {name: b.clone() for name, b in student.named_buffers()}
     inputs = {name: batch[name] for name in INPUTS if name in batch}
-    with _same_masks(seed, batch["labels"].device):
+    with seeded(seed, batch["labels"].device):
         output = functional_call(student, {**weights, **buffers}, (), inputs)
     logits = logits_of(output)
     return per_sample_losses(
@@ -113,8 +103,7 @@ def _held_out_loss(
     losses: Tensor, meta_batch: dict[str, Tensor], meta_loss: str
 ) -> Tensor:
     "The mean of the label loss over the held-out rows, or of the sum of both losses."
-    if meta_loss not in ("labels", "both"):
-        raise ValueError(f'meta_loss must be "labels" or "both", got {meta_loss!r}')
+    one_of(("labels", "both"), meta_loss=meta_loss)
     unlabelled = int((meta_batch["labels"] == -100).sum())
     if unlabelled:
         raise ValueError(
@@ -140,7 +129,7 @@ def meta_gradient(
     """The gradient of the held-out loss; "both" is the sum of label and teacher loss.
 
     Raises `ValueError` for another `meta_loss`, and for rows without labels."""
-    weights = _trained(student)
+    weights = trained_parameters(student)
     losses = _losses_at(student, weights, meta_batch, temperature, seed)
     total = _held_out_loss(losses, meta_batch, meta_loss)
     gradients = torch.autograd.grad(total, list(weights.values()), allow_unused=True)
@@ -167,14 +156,14 @@ def shifted_losses(
         return _losses_at(student, moved, batch, temperature, seed), length
 
 # %% ../nbs/reweighted_kd.ipynb #5e71479c
-_Way = Literal["finite_difference", "forward", "double_backward"]
+_How = Literal["finite_difference", "forward", "double_backward"]
 
 
 def alignment(
     student: nn.Module,  # in the mode it trains in
     batch: dict[str, Tensor],  # inputs, labels and teacher_logits
     meta_batch: dict[str, Tensor],  # held out: inputs, labels; "both": teacher_logits
-    how: _Way = "finite_difference",  # the first works on any model
+    how: _How = "finite_difference",  # the first works on any model
     meta_loss: Literal["labels", "both"] = "labels",  # as in `meta_gradient`
     temperature: float = 2.0,  # > 0, of the teacher's loss
     step: float = 1e-3,  # > 0, of the finite difference
@@ -183,14 +172,12 @@ def alignment(
     """Inner products of the held-out gradient with those of each row (our Eq. 3).
 
     Raises `ValueError` for another `how`."""
-    if how not in _WAYS:
-        raise ValueError(f"how must be one of {tuple(_WAYS)}, got {how!r}")
-    if step <= 0:
-        raise ValueError(f"step must be > 0, got {step}")
+    one_of(_METHODS, how=how)
+    in_range("(0, inf)", step=step)
     if "teacher_logits" not in batch:
         raise ValueError(f"the batch needs teacher_logits; it has {sorted(batch)}")
-    way = _WAYS[how]
-    inner = way(student, batch, meta_batch, meta_loss, temperature, step, seed)
+    method = _METHODS[how]
+    inner = method(student, batch, meta_batch, meta_loss, temperature, step, seed)
     return inner.detach()
 
 # %% ../nbs/reweighted_kd.ipynb #1b895363
@@ -205,7 +192,7 @@ def _by_difference(student, batch, meta_batch, meta_loss, temperature, step, see
 def _by_forward_mode(student, batch, meta_batch, meta_loss, temperature, step, seed):
     "One pass in forward mode."
     gradient = meta_gradient(student, meta_batch, meta_loss, temperature, seed + 1)
-    weights = _trained(student)
+    weights = trained_parameters(student)
     direction = {
         name: gradient.get(name, torch.zeros_like(w)) for name, w in weights.items()
     }
@@ -215,7 +202,7 @@ def _by_forward_mode(student, batch, meta_batch, meta_loss, temperature, step, s
 # %% ../nbs/reweighted_kd.ipynb #c6e6b10b
 def _by_double_backward(student, batch, meta_batch, meta_loss, temperature, step, seed):
     "The virtual update of our Eq. 2, differentiated."
-    weights = _trained(student)
+    weights = trained_parameters(student)
     losses = _losses_at(student, weights, batch, temperature, seed)
     epsilon = torch.zeros_like(losses, requires_grad=True)
     slopes = torch.autograd.grad(
@@ -230,7 +217,7 @@ def _by_double_backward(student, batch, meta_batch, meta_loss, temperature, step
     return -torch.autograd.grad(held_out, epsilon)[0]
 
 
-_WAYS = {
+_METHODS = {
     "finite_difference": _by_difference,
     "forward": _by_forward_mode,
     "double_backward": _by_double_backward,
@@ -241,7 +228,7 @@ def meta_weights(
     student: nn.Module,  # in the mode it trains in
     batch: dict[str, Tensor],  # inputs, labels and teacher_logits
     meta_batch: dict[str, Tensor],  # held out: inputs, labels; "both": teacher_logits
-    how: _Way = "finite_difference",  # as in `alignment`
+    how: _How = "finite_difference",  # as in `alignment`
     meta_loss: Literal["labels", "both"] = "labels",  # as in `meta_gradient`
     temperature: float = 2.0,  # > 0, of the teacher's loss
     step: float = 1e-3,  # > 0, of the finite difference
@@ -268,20 +255,19 @@ def reweighted_loss(
 
     Costs a forward and a backward pass for the held-out gradient, both for the update,
     and one forward pass between. Raises `ValueError` in mixed precision."""
-    parallel = isinstance(student, nn.parallel.DistributedDataParallel)
-    bare = student.module if parallel else student
-    if hasattr(bare, "_original_forward"):  # Accelerate's mark of mixed precision
+    own = bare(student)
+    if hasattr(own, "_original_forward"):  # Accelerate's mark of mixed precision
         raise ValueError(
             "RW-KD compares losses that differ in the fourth digit: use "
             'mixed_precision="no", not "fp16" or "bf16"'
         )
     labels = batch["labels"]
     seed = int(torch.randint(2**62, ()))
-    gradient = meta_gradient(bare, meta_batch, meta_loss, temperature, seed + 1)
-    with _same_masks(seed, labels.device):
+    gradient = meta_gradient(own, meta_batch, meta_loss, temperature, seed + 1)
+    with seeded(seed, labels.device):
         logits = forward(student, batch)
     losses = per_sample_losses(logits, batch["teacher_logits"], labels, temperature)
-    ahead, length = shifted_losses(bare, batch, gradient, step, temperature, seed)
+    ahead, length = shifted_losses(own, batch, gradient, step, temperature, seed)
     weights = weights_of((ahead - losses.detach()) * (length / step), labels)
     return Loss(weighted_loss(losses, weights), _shares(weights, labels != -100))
 
@@ -372,15 +358,9 @@ class RWKD:
         tokenizer: Any = None,  # for held-out text; default: the student's own
         max_length: int = 64,  # tokens kept per held-out row
     ):
-        if temperature <= 0:
-            raise ValueError(f"temperature must be > 0, got {temperature}")
-        if meta_loss not in ("labels", "both"):
-            raise ValueError(f'meta_loss must be "labels" or "both", got {meta_loss!r}')
-        if meta_batch_size < 1 or step <= 0:
-            raise ValueError(
-                "meta_batch_size must be >= 1 and step > 0, got "
-                f"{meta_batch_size} and {step}"
-            )
+        one_of(("labels", "both"), meta_loss=meta_loss)
+        in_range("(0, inf)", temperature=temperature, step=step)
+        in_range("1..", meta_batch_size=meta_batch_size, max_length=max_length)
         self.meta = ""  # a fingerprint, so that a checkpoint knows its held-out rows
         if meta is not None:
             self.meta = f"{len(meta)} rows, {mix_seed(*_keys(meta, 'label'))}"
@@ -419,7 +399,7 @@ class RWKD:
         """The held-out rows of this update.
 
         Its number alone decides them, so that a resumed run draws them again."""
-        model = getattr(student, "module", student)
+        model = bare(student)
         if self._rows is None:
             self._rows = Rows(
                 encode(self._held_out, model, self.tokenizer, self.max_length),
@@ -445,18 +425,31 @@ class RWKD:
 # %% ../nbs/reweighted_kd.ipynb #a037ba0b
 def recipe(
     meta: "datasets.Dataset|None" = None,  # labelled rows held out of the training data
-    epochs: int = 18,  # of the one stage
-    lr: float = 5e-4,  # > 0, peak rate
-    batch_size: int = 32,  # rows per update, and held-out rows per update
     temperature: float = 2.0,  # > 0, of the teacher's loss
     meta_loss: Literal["labels", "both"] = "labels",  # as in `meta_gradient`
+    meta_batch_size: int | None = None,  # held-out rows per update; default: batch_size
+    step: float = 1e-3,  # > 0, of the finite difference
+    tokenizer: Any = None,  # for held-out text; default: the student's own
+    max_length: int = 64,  # tokens kept per held-out row
+    *,
+    epochs: int = 18,  # of the one stage
+    lr: float = 5e-4,  # > 0, peak rate
+    batch_size: int = 32,  # rows per update
+    label_validate_every: int = 1,  # epochs between validations
 ) -> Recipe:  # for `fit`
     """The one stage of RW-KD, of which the best validated weights are kept.
 
     With "both" the held-out rows need `teacher_logits`. Raises `ValueError` as `RWKD`
     does."""
-    objective = RWKD(meta, temperature, meta_loss, batch_size)
-    return Recipe((Stage(objective, epochs, lr, batch_size, name="reweighted"),))
+    size = batch_size if meta_batch_size is None else meta_batch_size
+    return one_stage(
+        RWKD(meta, temperature, meta_loss, size, step, tokenizer, max_length),
+        epochs=epochs,
+        lr=lr,
+        batch_size=batch_size,
+        label_validate_every=label_validate_every,
+        name="reweighted",
+    )
 
 # %% ../nbs/reweighted_kd.ipynb #353a927f
 _Weight = float | tuple[float, float] | Literal["truth", "confidence"]
@@ -477,17 +470,11 @@ class WeightedKD:
         temperature: float = 2.0,  # > 0, of the teacher's loss
     ):
         if isinstance(weight, str):
-            if weight not in ("truth", "confidence"):
-                raise ValueError(
-                    'weight must be a number, a pair, "truth" or "confidence", '
-                    f"got {weight!r}"
-                )
+            one_of(("truth", "confidence"), weight=weight)
         else:
-            ends = weight if isinstance(weight, tuple) else (weight, weight)
-            if len(ends) != 2 or not all(0 <= w <= 1 for w in ends):
-                raise ValueError(f"weights must be in [0, 1], got {weight}")
-        if temperature <= 0:
-            raise ValueError(f"temperature must be > 0, got {temperature}")
+            for end in ends(weight):
+                in_range("[0, 1]", weight=end)
+        in_range("(0, inf)", temperature=temperature)
         self.weight = weight
         self.temperature = temperature
 
@@ -506,9 +493,7 @@ class WeightedKD:
         elif self.weight == "confidence":
             weights = 1 - torch.special.entr(probs).sum(-1) / math.log(probs.shape[-1])
         else:
-            pair = isinstance(self.weight, tuple)
-            start, end = self.weight if pair else (self.weight, self.weight)
-            now = start + (end - start) * progress.t
+            now = along(self.weight, progress)
             weights = torch.full(labels.shape, now, device=labels.device)
         return weights.masked_fill(labels == -100, 1.0)
 

@@ -4,16 +4,20 @@
 
 # %% auto #0
 __all__ = ['INPUTS', 'logits_of', 'forward', 'joined', 'with_column', 'encode', 'Rows', 'length_sorted', 'pad_id_of',
-           'progress_bar', 'run_batches', 'logits_on_rows', 'predict_logits', 'copied']
+           'progress_bar', 'run_batches', 'logits_on_rows', 'predict_logits', 'copied', 'bare', 'trained_parameters',
+           'seeded']
 
 # %% ../nbs/rows.ipynb #e3785068
 import copy
-from typing import Any, Callable, Iterable, Sequence
+from contextlib import contextmanager
+from typing import Any, Callable, Iterable, Iterator, Sequence
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from .checks import in_range
 
 # %% ../nbs/rows.ipynb #2e40651e
 # the columns that a model reads
@@ -184,8 +188,7 @@ def length_sorted(
     batch_size: int,  # rows per batch, >= 1
 ) -> list[list[int]]:  # row numbers of each batch, longest rows first
     "Batches of rows of like length, so that little is spent on padding."
-    if batch_size < 1:
-        raise ValueError(f"batch_size must be >= 1, got {batch_size}")
+    in_range("1..", batch_size=batch_size)
     order = sorted(range(len(lengths)), key=lambda i: (-lengths[i], i))
     return [order[i : i + batch_size] for i in range(0, len(order), batch_size)]
 
@@ -271,3 +274,38 @@ def copied(
     "A deep copy that shares the model's tokenizer."
     shared = getattr(model, "tokenizer", None)
     return copy.deepcopy(model, {id(shared): shared})
+
+# %% ../nbs/rows.ipynb #b411b371
+def bare(
+    model: nn.Module,  # wrapped for several processes or devices, or not
+) -> nn.Module:  # without the wrapper
+    "The model itself."
+    wrappers = (nn.parallel.DistributedDataParallel, nn.DataParallel)
+    return model.module if isinstance(model, wrappers) else model
+
+
+def trained_parameters(
+    model: nn.Module,  # any PyTorch model
+) -> dict[str, nn.Parameter]:  # by name
+    "The parameters with `requires_grad`. Raises `ValueError` if there are none."
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    if not trained:
+        raise ValueError(
+            f"{type(model).__name__} has no parameter with requires_grad: unfreeze some"
+        )
+    return trained
+
+# %% ../nbs/rows.ipynb #6b7f19e1
+@contextmanager
+def seeded(
+    seed: int,  # of everything drawn inside the block
+    device: torch.device | str = "cpu",  # a GPU: of what is drawn there, too
+) -> Iterator[None]:
+    "Draw from `seed` inside the block; afterwards the generators are as they were."
+    device = torch.device(device)
+    on_gpu = device.type == "cuda"
+    # torch.manual_seed would also reseed the GPUs
+    reseed = torch.manual_seed if on_gpu else torch.default_generator.manual_seed
+    with torch.random.fork_rng(devices=[device] if on_gpu else []):
+        reseed(seed)
+        yield

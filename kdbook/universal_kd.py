@@ -13,9 +13,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .checks import in_range, one_of
 from .losses import label_loss
-from .rows import forward, logits_of, predict_logits
-from .training import CrossEntropy, Loss, Progress, Recipe, Stage
+from .rows import forward, logits_of, predict_logits, seeded
+from .training import CrossEntropy, Loss, Progress, Recipe, Stage, then_labels
 
 # %% ../nbs/universal_kd.ipynb #3278cd7e
 def pool_states(
@@ -26,8 +27,7 @@ def pool_states(
     """One vector per text from a layer's hidden states; those without tokens stay.
 
     Raises `ValueError` for another `pool`."""
-    if pool not in ("first", "mean"):
-        raise ValueError(f'pool must be "first" or "mean", got {pool!r}')
+    one_of(("first", "mean"), pool=pool)
     if states.ndim == 2:
         return states
     if pool == "first":
@@ -113,12 +113,11 @@ class PseudoClassifiers(nn.Module):
         seed: int = 0,  # of the heads' weights
     ):
         super().__init__()
+        one_of(("first", "mean"), pool=pool)
         self.model = model
         self.pool = pool
         self.layers, widths, classes = _places(model, layers, example)
-        with torch.random.fork_rng(devices=[]):
-            # torch.manual_seed would also reseed the GPUs
-            torch.default_generator.manual_seed(seed)
+        with seeded(seed):
             self.heads = nn.ModuleList(
                 nn.Linear(width, outputs or classes) for width in widths
             )
@@ -153,12 +152,13 @@ def train_heads(
     pseudo: PseudoClassifiers,  # its model stays as it is; all is frozen at the end
     dataset: "datasets.Dataset",  # labelled rows; those with label -100 are left out
     penalty: float = 1e-2,  # >= 0, on half the squared weights
-    **settings: Any,  # for `predict_logits`: batch_size, tokenizer, max_length, ...
+    **options: Any,  # for `predict_logits`: batch_size, tokenizer, max_length, ...
 ) -> PseudoClassifiers:  # the same object
     """Fit every head to the labels by logistic regression, the layers below untouched.
 
     A single output is fitted by least squares. Raises `ValueError` for rows without
     labels and for labels that the heads have no output for."""
+    in_range("[0, inf)", penalty=penalty)
     labels = torch.tensor(dataset["label"][:])
     known = labels != -100
     if not known.any():
@@ -172,7 +172,7 @@ def train_heads(
             "they must be the teacher's num_labels"
         )
     pooled = predict_logits(
-        pseudo, dataset, read=lambda output: torch.cat(output.pooled, -1), **settings
+        pseudo, dataset, read=lambda output: torch.cat(output.pooled, -1), **options
     )
     parts = pooled[known].split([head.in_features for head in pseudo.heads], -1)
     for head, features in zip(pseudo.heads, parts):
@@ -268,8 +268,7 @@ def il_loss(
     With "losses", attention mixes the losses against each of the teacher's layers. A
     single output has a squared error. Raises `ValueError` as `attend` does, and for
     another `mix`."""
-    if mix not in ("logits", "losses"):
-        raise ValueError(f'mix must be "logits" or "losses", got {mix!r}')
+    one_of(("logits", "losses"), mix=mix)
     attention, target = attend(student_pseudo, teacher_pseudo, detach, centre)
     if mix == "logits":
         return _match(student_pseudo, target).sum(1).mean()
@@ -299,7 +298,7 @@ def cg_loss(
 class UniversalKD:
     """Stage I without labels: the teacher's logits, and what its layers say (Eq. 4).
 
-    The settings are intermediate layers ("il"), capacity gap ("cg") and "ca", which is
+    The modes are intermediate layers ("il"), capacity gap ("cg") and "ca", which is
     "il" where the student has heads and "cg" where it has none. Raises `ValueError` for
     unknown choices and negative weights, and when called with a student that has no
     heads for "il"."""
@@ -313,7 +312,7 @@ class UniversalKD:
 
     def __init__(
         self,
-        setting: Literal["il", "cg", "ca"] = "il",  # what attends to the layers
+        mode: Literal["il", "cg", "ca"] = "il",  # what attends to the layers
         logit_weight: float = 0.5,  # >= 0: of the divergence from the teacher's logits
         layer_weight: float = 0.5,  # >= 0: of the attention part
         temperature: float = 1.0,  # > 0, of the teacher's and the student's logits
@@ -321,15 +320,11 @@ class UniversalKD:
         centre: bool = False,  # as in `attend`
         mix: Literal["logits", "losses"] = "logits",  # as in `il_loss`
     ):
-        _one_of(setting=(setting, "il", "cg", "ca"), mix=(mix, "logits", "losses"))
-        if min(logit_weight, layer_weight) < 0:
-            raise ValueError(
-                f"weights must be >= 0, got logit_weight={logit_weight}, "
-                f"layer_weight={layer_weight}"
-            )
-        if temperature <= 0:
-            raise ValueError(f"temperature must be > 0, got {temperature}")
-        self.setting = setting
+        one_of(("il", "cg", "ca"), mode=mode)
+        one_of(("logits", "losses"), mix=mix)
+        in_range("[0, inf)", logit_weight=logit_weight, layer_weight=layer_weight)
+        in_range("(0, inf)", temperature=temperature)
+        self.mode = mode
         self.logit_weight = logit_weight
         self.layer_weight = layer_weight
         self.temperature = temperature
@@ -340,7 +335,7 @@ class UniversalKD:
     def settings(self) -> dict[str, Any]:
         "Its arguments."
         return {
-            "setting": self.setting,
+            "mode": self.mode,
             "logit_weight": self.logit_weight,
             "layer_weight": self.layer_weight,
             "temperature": self.temperature,
@@ -395,25 +390,18 @@ def _stage_one(
     parts = {"soft_loss": soft.detach()}
     if objective.layer_weight == 0:
         return Loss(objective.logit_weight * soft, parts)
-    if objective.setting == "il" and pseudo is None:
+    if objective.mode == "il" and pseudo is None:
         raise ValueError(
-            'setting="il" needs heads on the student\'s layers: '
+            'mode="il" needs heads on the student\'s layers: '
             'PseudoClassifiers(student); "cg" needs none'
         )
     switches = (objective.detach, objective.centre, objective.mix)
-    if objective.setting == "cg" or pseudo is None:
+    if objective.mode == "cg" or pseudo is None:
         layers = cg_loss(logits, teacher_pseudo, teacher_logits, *switches)
     else:
         layers = il_loss(pseudo, teacher_pseudo, *switches)
     total = objective.logit_weight * soft + objective.layer_weight * layers
     return Loss(total, {**parts, "layer_loss": layers.detach()})
-
-# %% ../nbs/universal_kd.ipynb #abe273a1
-def _one_of(**given: tuple) -> None:
-    "Refuse a value that is not among those known."
-    for name, (value, *known) in given.items():
-        if value not in known:
-            raise ValueError(f"{name} must be one of {known}, got {value!r}")
 
 # %% ../nbs/universal_kd.ipynb #6e551fd8
 class HiddenKD:
@@ -436,6 +424,7 @@ class HiddenKD:
         logit_weight: float = 0.5,  # >= 0: of the divergence from the teacher's logits
         hidden_weight: float = 0.5,  # >= 0: of the distance of normalised vectors
     ):
+        in_range("[0, inf)", logit_weight=logit_weight, hidden_weight=hidden_weight)
         self.logit_weight = logit_weight
         self.hidden_weight = hidden_weight
 
@@ -468,32 +457,28 @@ class HiddenKD:
 
 # %% ../nbs/universal_kd.ipynb #5f1e0634
 def recipe(
-    setting: Literal["il", "cg", "ca"] = "il",  # as in `UniversalKD`
-    epochs: tuple[int, int] = (14, 4),  # of stage I (no labels), of stage II (labels)
-    lr: float = 5e-4,  # > 0, peak rate of both stages
-    batch_size: int = 32,  # rows per update
+    mode: Literal["il", "cg", "ca"] = "il",  # as in `UniversalKD`
     logit_weight: float = 0.5,  # >= 0: of the divergence from the teacher's logits
     layer_weight: float = 0.5,  # >= 0: of the attention part
     temperature: float = 1.0,  # > 0, of the logits in stage I
     detach: bool = False,  # as in `attend`
     centre: bool = False,  # as in `attend`
     mix: Literal["logits", "losses"] = "logits",  # as in `il_loss`
+    *,
+    epochs: tuple[int, int] = (14, 4),  # of stage I (no labels), of stage II (labels)
+    lr: float = 5e-4,  # > 0, peak rate of both stages
+    batch_size: int = 32,  # rows per update
     label_validate_every: int = 1,  # epochs between validations in stage II
 ) -> Recipe:  # for `fit`
     """Our reconstruction of Universal-KD: matching in the output space, then labels.
 
     The best weights of stage I are reloaded. "il" trains `PseudoClassifiers(student)`.
     Raises `ValueError` as `UniversalKD` does."""
-    objective = UniversalKD(
-        setting, logit_weight, layer_weight, temperature, detach, centre, mix
+    return then_labels(
+        UniversalKD(mode, logit_weight, layer_weight, temperature, detach, centre, mix),
+        epochs=epochs,
+        lr=lr,
+        batch_size=batch_size,
+        label_validate_every=label_validate_every,
+        name="layers",
     )
-    layers = Stage(objective, epochs[0], lr, batch_size, name="layers")
-    labels = Stage(
-        CrossEntropy(),
-        epochs[1],
-        lr,
-        batch_size,
-        validate_every=label_validate_every,
-        name="labels",
-    )
-    return Recipe((layers, labels))

@@ -18,17 +18,20 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .files import cache_dir, fingerprint, need, optional_write, save_tensors
+from .checks import in_range
+from .files import cache_dir, need, optional_write, save_tensors
+from .identity import fingerprint
 from .losses import label_loss
-from kdbook.models import (
-    check_whole,
-    from_hub,
-    load_tokenizer,
+from .models import from_hub, load_tokenizer, teacher, teacher_vocabulary
+from kdbook.rows import (
+    Rows,
+    bare,
+    copied,
+    encode,
+    predict_logits,
     seeded,
-    teacher,
-    teacher_vocabulary,
+    trained_parameters,
 )
-from .rows import Rows, copied, encode, predict_logits
 from .training import Loss, Progress, Recipe, Stage, fit
 
 # %% ../nbs/words.ipynb #978b5757
@@ -49,11 +52,6 @@ def word_places(
     return [i for i, piece in enumerate(pieces) if piece[0].isalpha()]
 
 # %% ../nbs/words.ipynb #7db17617
-def _check_share(share: float) -> None:
-    if not 0 < share <= 1:
-        raise ValueError(f"share must be above 0 and at most 1, got {share}")
-
-
 def _sample_places(places: list[int], share: float, rng: random.Random) -> list[int]:
     "About `share` of the places, in order; none from fewer than two."
     if len(places) < 2:
@@ -68,7 +66,7 @@ def delete_words(
     share: float = 0.15,  # of the words of each text, at least one and never all
 ) -> list[str]:  # as many sentences
     "Each text without some of its words (EDA's random deletion, Wei and Zou 2019)."
-    _check_share(share)
+    in_range("(0, 1]", share=share)
 
     def one(text):
         pieces = pieces_of(text)
@@ -87,7 +85,7 @@ def swap_words(
     """Each text with some of its words in each other's places.
 
     This is EDA's random swap (Wei and Zou 2019)."""
-    _check_share(share)
+    in_range("(0, 1]", share=share)
 
     def one(text):
         pieces = pieces_of(text)
@@ -107,16 +105,15 @@ class NearestWords:
     def __init__(
         self,
         model: nn.Module | None = None,  # with a `.tokenizer`; None: MiniLM as it came
-        least: float = 0.35,  # smallest cosine that counts as near
+        min_similarity: float = 0.35,  # smallest cosine that counts as near
     ):
-        if not -1 <= least <= 1:
-            raise ValueError(f"least must be a cosine in [-1, 1], got {least}")
+        in_range("[-1, 1]", min_similarity=min_similarity)
         embeddings, tokenizer = teacher_vocabulary(model)
         whole = lambda w: len(w) > 2 and w.isascii() and w.isalpha() and w.islower()
         kept = [(w, i) for w, i in tokenizer.get_vocab().items() if whole(w)]
         self.words = [w for w, _ in kept]
         self.place = {w: n for n, w in enumerate(self.words)}
-        self.least = least
+        self.min_similarity = min_similarity
         self.table = F.normalize(embeddings[[i for _, i in kept]].float(), dim=-1)
         self._cache: dict[str, list[tuple[str, float]]] = {}
 
@@ -133,7 +130,7 @@ class NearestWords:
             return []
         if word not in self._cache:
             self._cache[word] = self._nearest(word)
-        return [(w, c) for w, c in self._cache[word][:k] if c >= self.least]
+        return [(w, c) for w, c in self._cache[word][:k] if c >= self.min_similarity]
 
     def _nearest(self, word: str) -> list[tuple[str, float]]:
         cosines = self.table @ self.table[self.place[word]]
@@ -252,7 +249,7 @@ def replace_words(
     allow: Callable[[str, str], bool] = same_kind,  # (word, other); a `Leaning` is one
 ) -> list[str]:  # as many sentences
     "Each text with some words replaced by neighbours in embedding space."
-    _check_share(share)
+    in_range("(0, 1]", share=share)
     neighbours = nearest_words()
 
     def allowed(word):
@@ -317,8 +314,7 @@ def mask_tokens(
     """The ids with ordinary tokens covered at random, and the places that are.
 
     It draws from PyTorch's generator. Raises `ValueError` for a rate outside [0, 1]."""
-    if not 0 <= rate <= 1:
-        raise ValueError(f"rate must be in [0, 1], got {rate}")
+    in_range("[0, 1]", rate=rate)
     device = input_ids.device
     special = torch.isin(
         input_ids, torch.tensor(tokenizer.all_special_ids, device=device)
@@ -384,14 +380,14 @@ def masked_generator(
         model = from_hub(hf.AutoModelForMaskedLM.from_pretrained, name)
         return MaskedGenerator(model, load_tokenizer(name)).eval()
     backbone = teacher("minilm")
-    check_whole(layers=layers)
+    in_range("1..", layers=layers)
     whole = backbone.config.num_hidden_layers
     if layers > whole:
         raise ValueError(
             f"MiniLM has {whole} layers, so layers={layers} cannot be kept"
         )
     backbone.config.num_hidden_layers = layers
-    with seeded(seed):
+    with seeded(seed), torch.device("cpu"):
         model = hf.BertForMaskedLM(backbone.config)
     weights = backbone.bert.state_dict()
     kept = {name: w for name, w in weights.items() if "pooler" not in name}
@@ -408,6 +404,7 @@ class MaskedLM:
         self,
         rate: float = 0.3,  # in (0, 1]: share of tokens covered
     ):
+        in_range("(0, 1]", rate=rate)
         self.rate = rate
 
     def settings(self) -> dict[str, Any]:
@@ -418,14 +415,14 @@ class MaskedLM:
         self, student: nn.Module, batch: dict[str, Tensor], progress: Progress
     ) -> Loss:
         "Cross-entropy at the holes, in nats."
-        bare = getattr(student, "module", student)
+        own = bare(student)
         ids, mask = batch["input_ids"], batch["attention_mask"]
-        covered, where = mask_tokens(ids, mask, bare.tokenizer, self.rate)
+        covered, where = mask_tokens(ids, mask, own.tokenizer, self.rate)
         if not where.any():
             # a batch needs a hole; its first token is special and soon forgotten
             where[:, 0] = True
         logits = student(covered, mask, where)
-        return Loss(label_loss(logits, bare.targets(ids[where])))
+        return Loss(label_loss(logits, own.targets(ids[where]), per="labelled"))
 
 # %% ../nbs/words.ipynb #df2e0643
 def warm_up(
@@ -433,7 +430,7 @@ def warm_up(
     dataset: "datasets.Dataset",  # rows with `text`; labels are not read
     epochs: int = 1,  # passes over them
     lr: float = 5e-4,  # peak rate
-    least: int = 2,  # it writes words that stand there at least so often; 0: any
+    min_count: int = 2,  # it writes words that stand there so often; 0: any
     seed: int = 0,  # of order, holes and dropout
     progress: bool = True,  # a bar
 ) -> MaskedGenerator:  # a trained copy, in evaluation mode
@@ -444,21 +441,23 @@ def warm_up(
 
     rows = encode(dataset.select_columns(["text"]), generator)
     recipe = Recipe((Stage(MaskedLM(), epochs, lr, 32, name="warm-up"),))
-    warm = _for_text(copied(generator), rows["input_ids"], least)
+    warm = _for_text(copied(generator), rows["input_ids"], min_count)
     key = f"{fingerprint(warm, Rows(rows), 32)}-{epochs}-{lr:g}-{seed}"
     path = cache_dir() / "generator" / f"{key}.safetensors"
     if path.exists():
         warm.load_state_dict(load_file(path), strict=False)
         return warm.eval()
     trained = fit(warm, recipe, rows, seed=seed, progress=progress).student.eval()
-    weights = {k: p for k, p in trained.named_parameters() if p.requires_grad}
+    weights = {
+        k: p.detach().contiguous() for k, p in trained_parameters(trained).items()
+    }
     with optional_write(path):
-        save_tensors({k: p.detach().contiguous() for k, p in weights.items()}, path)
+        save_tensors(weights, path)
     return trained
 
 # %% ../nbs/words.ipynb #e2421712
 def _for_text(
-    generator: MaskedGenerator, rows: list[list[int]], least: int
+    generator: MaskedGenerator, rows: list[list[int]], min_count: int
 ) -> MaskedGenerator:
     """The generator with the words of a text as its vocabulary.
 
@@ -466,11 +465,11 @@ def _for_text(
     bias = generator.model.get_output_embeddings().bias
     tokens = torch.tensor([i for row in rows for i in row[1:-1]])
     counts = torch.bincount(tokens, minlength=len(bias))
-    generator.vocabulary = (counts >= least).nonzero().flatten().to(bias.device)
+    generator.vocabulary = (counts >= min_count).nonzero().flatten().to(bias.device)
     if len(generator.vocabulary) < 100:
         raise ValueError(
-            f"only {len(generator.vocabulary)} words stand {least} times in these "
-            "sentences: give more of them, or least=0"
+            f"only {len(generator.vocabulary)} words stand {min_count} times in these "
+            "sentences: give more of them, or min_count=0"
         )
     if not bias.any():
         bias.data.copy_(((counts + 1) / (counts + 1).sum()).log())
@@ -487,7 +486,7 @@ def fill_words(
     """Each text with some words covered and written anew by a masked language model.
 
     Raises `ValueError` without a generator."""
-    _check_share(share)
+    in_range("(0, 1]", share=share)
     if generator is None:
         raise ValueError(
             "fill_words needs generator=: warm_up(masked_generator(), dataset), "

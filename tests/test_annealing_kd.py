@@ -112,7 +112,7 @@ def test_objective_follows_the_schedule_and_answers_at_every_progress(pair):
     [
         (lambda: phi(0, 7), ["0", "7"]),
         (lambda: phi(8, 7), ["8", "7"]),
-        (lambda: phi(1, 0), ["tau_max=0"]),
+        (lambda: phi(1, 0), ["tau_max", "got 0"]),
         (lambda: temperature_schedule(6, 7), ["6", "7"]),
         (lambda: temperature_schedule(5, 0), ["tau_max", "0"]),
         (lambda: AnnealingKD(0), ["tau_max", "0"]),
@@ -226,13 +226,17 @@ def test_tau_max_one_is_logit_mse_bit_for_bit():
 
 
 def test_history_shows_the_scale_of_each_epoch():
-    run = train(recipe(2, (5, 1), 5e-3, 16), doubtful_images(), doubtful_images(seed=1))
+    run = train(
+        recipe(2, epochs=(5, 1), lr=5e-3, batch_size=16),
+        doubtful_images(),
+        doubtful_images(seed=1),
+    )
     assert [r.get("phi") for r in run.history] == [0.5, 0.5, 1.0, 1.0, 1.0, None]
     assert [r["name"] for r in run.history] == ["annealed logits"] * 5 + ["labels"]
 
 
 def test_stage_one_never_sees_the_labels():
-    data, both = doubtful_images(), recipe(3, (3, 2), 5e-3, 16)
+    data, both = doubtful_images(), recipe(3, epochs=(3, 2), lr=5e-3, batch_size=16)
     order = torch.randperm(len(data), generator=torch.Generator().manual_seed(1))
     shuffled = changed(data, "label", torch.tensor(data["label"])[order].tolist())
     hidden = changed(data, "label", [-100] * len(data))
@@ -256,7 +260,7 @@ def test_stage_one_never_sees_the_labels():
 
 def test_stage_two_never_sees_the_teacher():
     data = doubtful_images()
-    stage_two = Recipe(recipe(3, (3, 2), 5e-3, 16).stages[1:])
+    stage_two = Recipe(recipe(3, epochs=(3, 2), lr=5e-3, batch_size=16).stages[1:])
     other_logits = logits(len(data), dtype=torch.float32).tolist()
     student = train(stage_two, data).student
     for rows in (
@@ -267,7 +271,9 @@ def test_stage_two_never_sees_the_teacher():
 
 
 def test_recipe_is_two_stages_with_the_best_reloaded():
-    first, second = recipe(4, (8, 3), 1e-3, 24, 2).stages
+    first, second = recipe(
+        4, epochs=(8, 3), lr=1e-3, batch_size=24, label_validate_every=2
+    ).stages
     assert isinstance(first.objective, AnnealingKD)
     assert first.objective.tau_max == 4
     assert isinstance(second.objective, CrossEntropy)
@@ -280,13 +286,15 @@ def test_recipe_is_two_stages_with_the_best_reloaded():
 
 def test_missing_teacher_logits_are_named_before_training():
     with pytest.raises(ValueError, match="teacher_logits.*annotate"):
-        train(recipe(2, (2, 1)), doubtful_images().remove_columns("teacher_logits"))
+        train(
+            recipe(2, epochs=(2, 1)), doubtful_images().remove_columns("teacher_logits")
+        )
 
 
 def test_stage_one_follows_the_teacher():
     "Trained long enough, the student fits the unscaled logits: the scale is one."
     data = doubtful_images(rows=32)
-    stage_one = Recipe(recipe(5, (40, 1), 1e-2, 16).stages[:1])
+    stage_one = Recipe(recipe(5, epochs=(40, 1), lr=1e-2, batch_size=16).stages[:1])
     net = image_net(hidden=64, num_labels=4, pixels=16)
     run = fit(net, stage_one, data, progress=False)
     first, last = run.history[0], run.history[-1]

@@ -190,10 +190,10 @@ def test_modules_import_nothing_heavier_than_torch():
 # Who may import whom. A floor's modules may import those of the floors named behind it,
 # and the pairs below are allowed besides.
 FLOORS = {
-    "kdbook.files": "files",
-    "kdbook.losses kdbook.rows": "tools",
+    "kdbook.checks kdbook.files kdbook.identity": "files",
+    "kdbook.losses kdbook.rows kdbook.checkpoints": "tools",
     "kdbook.data kdbook.models kdbook.words": "foundations",
-    "kdbook.distillation kdbook.training": "foundations",
+    "kdbook.distillation kdbook.recipes kdbook.training": "foundations",
     "kdbook.evaluation kdbook.attack kdbook.landscape": "measures",
     " ".join(f"kdbook.{name}" for name in TECHNIQUES): "techniques",
     "kdbook.plots kdbook.widgets": "pictures",
@@ -216,9 +216,12 @@ MAY_IMPORT = {
 }
 PAIRS = {  # module -> what it may import besides
     "models": "data",
+    "training": "recipes",
     "words": "training models",
     "attack": "words",
     **{name: "training" for name in TECHNIQUES},
+    "reweighted_kd": "training recipes",
+    "noisy_label_kd": "training recipes",
     "continuation_kd": "training annealing_kd",
     "progressive_kd": "training annealing_kd",
     "glitter": "training words",

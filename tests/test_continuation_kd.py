@@ -199,8 +199,11 @@ def test_rows_without_labels():
     a, b, y = logits(), logits(seed=1), torch.tensor([0, -100, 2, -100, -100, 1])
     known = y != -100
     hard = F.cross_entropy(a[known], y[known])
-    expected = 0.5 * hard + 0.5 * hinge_loss(a, b, 0.5, 0.1)
-    assert mixed_loss(a, b, y, 0.5, 0.5).total.item() == pytest.approx(expected.item())
+    soft = 0.5 * hinge_loss(a, b, 0.5, 0.1)
+    total = lambda per: mixed_loss(a, b, y, 0.5, 0.5, per=per).total.item()
+    # half of the rows have a label
+    assert total("row") == pytest.approx((0.25 * hard + soft).item())
+    assert total("labelled") == pytest.approx((0.5 * hard + soft).item())
     unlabelled = torch.full((6,), -100)
     nothing = mixed_loss(a.requires_grad_(), b, unlabelled, 0.5, 1.0).total
     assert nothing.item() == 0
@@ -244,7 +247,7 @@ def test_resumes_to_the_same_bits(tmp_path):
 
 
 def test_few_labels_much_text_trains_on_all_rows():
-    data = hide_labels(doubtful_images(rows=48), keep=12, seed=0)
+    data = hide_labels(doubtful_images(rows=48), 12, seed=0)
     history = train(recipe(2, epochs=4, lr=5e-3, batch_size=16), data).history
     assert [("teacher_loss" in row, "label_loss" in row) for row in history] == [
         (True, False),

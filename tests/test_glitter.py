@@ -203,10 +203,10 @@ def test_the_filter_drops_copies_and_keeps_the_nearest():
 @pytest.mark.parametrize(
     "call, says",
     [
-        (lambda: gl.Glitter(k1=4, k2=5), "k2=5, k1=4"),
+        (lambda: gl.Glitter(k1=4, k2=5), "k2 must be in 1..4, got 5"),
         (lambda: gl.Glitter(pick="best"), "best"),
-        (lambda: gl.Glitter(temperature=0), "temperature=0"),
-        (lambda: gl.Glitter(alpha=2), "alpha=2"),
+        (lambda: gl.Glitter(temperature=0), "temperature must be > 0, got 0"),
+        (lambda: gl.Glitter(alpha=2), "alpha must be"),
         (lambda: gl.make_pool(rows(3), k=0), "k must be"),
         (lambda: gl.encode_pool(rows(3)), "make_pool"),
         (lambda: fit(bert(), gl.recipe(epochs=1), rows(8)), "pool_length"),

@@ -97,8 +97,8 @@ def test_every_way_of_multiplying(case, batch, with_bias):
     x.requires_grad_()
     expected = nn.functional.linear(x, factors.product(), bias)
     grads = torch.autograd.grad(expected.square().sum(), (x, *factors))
-    for way in kr.MULTIPLY:
-        y = kr.kronecker_linear(x, factors, bias, way)
+    for contraction in kr.MULTIPLY:
+        y = kr.kronecker_linear(x, factors, bias, contraction)
         torch.testing.assert_close(y, expected)
         way_grads = torch.autograd.grad(y.square().sum(), (x, *factors))
         torch.testing.assert_close(way_grads, grads)
@@ -431,15 +431,15 @@ def test_layers_under_other_tools(shape_a, rank):
     torch.testing.assert_close(half.float(), dense, atol=0.1, rtol=0.1)
 
 
-@pytest.mark.parametrize("way", list(kr.MULTIPLY), ids=" ".join)
+@pytest.mark.parametrize("contraction", list(kr.MULTIPLY), ids=" ".join)
 @pytest.mark.parametrize("shape_a, rank", [((12, 6), 1), ((12, 24), 2)])
-def test_onnx_for_every_way(way, shape_a, rank, tmp_path):
-    "No way bakes the example's batch size into the graph."
+def test_onnx_for_every_contraction(contraction, shape_a, rank, tmp_path):
+    "No contraction bakes the example's batch size into the graph."
     runtime = pytest.importorskip("onnxruntime")
     pytest.importorskip("onnxscript")
     layer = kr.KroneckerLinear(48, 24, shape_a, rank)
     free = {0: torch.export.Dim.DYNAMIC, 1: torch.export.Dim.DYNAMIC}
-    layer.eval().way = way
+    layer.eval().contraction = contraction
     torch.onnx.export(
         layer,
         (torch.randn(3, 4, 48),),

@@ -421,8 +421,11 @@ def test_rows_without_a_label_are_left_out():
         (lambda net, data, d: pca_plane([d, d]), "got 2"),
         (lambda net, data, d: plane(d, d, d), "line"),
         (lambda net, data, d: random_direction(d, norm="row"), "row"),
-        (lambda net, data, d: sharpness(net, data, rho=-1), "rho=-1"),
-        (lambda net, data, d: sharpness(net, data, steps=0), "steps=0"),
+        (lambda net, data, d: sharpness(net, data, rho=-1), "rho must be > 0, got -1"),
+        (
+            lambda net, data, d: sharpness(net, data, steps=0),
+            "steps must be >= 1, got 0",
+        ),
         (lambda net, data, d: hessian_trace(net, data, samples=0), "got 0"),
     ],
 )

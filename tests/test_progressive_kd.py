@@ -147,7 +147,7 @@ def test_scaled_copies_are_annealing_kd_to_the_bit():
     annealed = after_stage_one(AnnealingKD(4), last)
     assert same(after_stage_one(ProgressiveKD(), copied), annealed)
     equal = changed(data, "teacher_trail", trail[:, -1:].expand(-1, 4, -1).tolist())
-    assert same(after_stage_one(ProgressiveKD(phi="annealed"), equal), annealed)
+    assert same(after_stage_one(ProgressiveKD(annealed=True), equal), annealed)
     plain = after_stage_one(LogitMSE(), last)
     assert same(after_stage_one(ProgressiveKD(), equal), plain)
     assert same(after_stage_one(ProgressiveKD(path="mean"), equal), plain)
@@ -212,7 +212,7 @@ def first_checkpoint_only():
         (lambda: footsteps(4, 0), ["path=0", "1 to 4"]),
         (lambda: ProgressiveKD(path="backwards"), ["backwards"]),
         (lambda: ProgressiveKD(path=0), ["path=0"]),
-        (lambda: ProgressiveKD(phi="half"), ["half"]),
+        (lambda: ProgressiveKD(annealed="half"), ["half"]),
         (lambda: ProgressiveKD(loss="mae"), ["mae"]),
         (lambda: ProgressiveKD(loss="kl", temperature=0), ["temperature", "0"]),
         (lambda: departure(torch.zeros(4, 1, 2)), ["(4, 1, 2)"]),
@@ -220,7 +220,7 @@ def first_checkpoint_only():
         (lambda: Trail((), "x"), ["()"]),
         (lambda: Trail((0, 3), "x"), ["(0, 3)"]),
         (lambda: trail_target(torch.zeros(4, 2), 0.0), ["(4, 2)"]),
-        (lambda: ProgressiveKD(phi="annealed", path="mean"), ["mean", "annealed"]),
+        (lambda: ProgressiveKD(annealed=True, path="mean"), ["mean", "annealed"]),
         (
             lambda: after_stage_one(ProgressiveKD(), doubtful_images()),
             ["teacher_trail", "annotate_trail"],

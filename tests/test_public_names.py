@@ -47,7 +47,7 @@ NAMES = {
     "kronecker": """
         Factors flops kronecker_error kronecker_linear KroneckerEmbedding kroneckerize
         KroneckerLinear nearest_kronecker other_shape rearranged replace_layers
-        several_factors Spec spec_layers Way way_for
+        several_factors Spec spec_layers Contraction contraction_for
     """,
     "kronecker_bert": """
         at_holes bert_spec from_bert Inside inside intermediate_losses

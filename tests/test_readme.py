@@ -72,7 +72,7 @@ def mean_accuracy(size):
     scores = [
         record["splits"]["test"]["accuracy"]
         for record in study_records("compression")
-        if record["settings"]["size"] == size and record["settings"]["way"] == "both"
+        if record["settings"]["size"] == size and record["settings"]["signal"] == "both"
     ]
     return 100 * sum(scores) / len(scores) if scores else 0
 

@@ -223,6 +223,7 @@ def test_a_reader_of_tables_loads_no_technique_and_no_data_set():
     assert done.returncode == 0, done.stderr
     assert set(done.stdout.split()) <= {
         "kdbook",
+        "kdbook.checks",
         "kdbook.evaluation",
         "kdbook.files",
         "kdbook.losses",

@@ -476,7 +476,7 @@ def test_the_real_book_resolves():
     for path in refresh.chapters():
         refresh.uses(json.loads(path.read_text("utf-8")), book.package)
     fit = book.package.reached(["kdbook.training:fit"])
-    assert "kdbook.training:Stage" in fit and "kdbook.plots:style" not in fit
+    assert "kdbook.recipes:Stage" in fit and "kdbook.plots:style" not in fit
     known = {f"{name}:" for name in book.package.modules}
     assert all(id.partition(":")[0] + ":" in known for id in fit)
 

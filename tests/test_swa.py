@@ -78,7 +78,7 @@ def test_only_its_own_stage_is_averaged():
     teacher = image_net(8, num_labels=4, pixels=16, seed=3)
     rows = annotate(images(), teacher, cache=False, progress=False)
     film = Film()
-    recipe = swa.recipe(annealing_kd.recipe(3, (3, 4), 5e-3, 8))
+    recipe = swa.averaged(annealing_kd.recipe(3, epochs=(3, 4), lr=5e-3, batch_size=8))
     run = go(net(), Recipe(recipe.stages, (*recipe.callbacks, film)), rows)
     last = [w for stage, w in film.frames if stage == 1]
     taken = snapshot_steps(len(last))

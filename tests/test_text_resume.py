@@ -30,7 +30,11 @@ KILLS = {"whole": (), "killed": (4, 3)}  # the update in which each process dies
 def kronecker_case(kind, make):
     "A live teacher, whose layers are followed."
     student = kroneckerize(bert(seed=2, dropout=0.1, kind=kind), SMALL)
-    return student, make(bert(seed=1, kind=kind), 5, 5e-3, 8), rows(24)
+    return (
+        student,
+        make(bert(seed=1, kind=kind), epochs=5, lr=5e-3, batch_size=8),
+        rows(24),
+    )
 
 
 def case(name):
@@ -47,13 +51,20 @@ def case(name):
         return bert(dropout=0.1), recipe, pooled()
     adversary = dict(generator_steps=1, student_steps=2, generator_lr=1e-2)
     recipe = combined_kd.recipe(
-        bert(seed=1), generator(), 2, (4, 1), 5e-3, 8, **adversary
+        bert(seed=1),
+        generator(),
+        2,
+        epochs=(4, 1),
+        lr=5e-3,
+        batch_size=8,
+        **adversary,
     )
     return bert(seed=2, dropout=0.1), recipe, rows(24)
 
 
 def result_of(run, recipe):
-    memory = recipe.callbacks[0].state_dict() if recipe.callbacks else {}
+    objective = recipe.stages[0].objective
+    memory = objective.state_dict() if hasattr(objective, "state_dict") else {}
     return dict(
         weights=run.student.state_dict(), memory=memory.get("generator", memory)
     )

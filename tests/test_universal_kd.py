@@ -236,7 +236,7 @@ def test_annotate_twice_reads_the_cache(tmp_path, monkeypatch):
     monkeypatch.setenv("KDBOOK_CACHE", str(tmp_path))
     teacher = train_heads(net(), doubtful_images(), progress=False)
     first = annotate(doubtful_images(), teacher, progress=False)
-    monkeypatch.setattr(PseudoClassifiers, "forward", None)
+    teacher.register_forward_pre_hook(lambda *_: pytest.fail("the teacher is asked"))
     again = annotate(doubtful_images(), teacher, progress=False)
     assert first["teacher_pseudo_logits"] == again["teacher_pseudo_logits"]
     assert len(first["teacher_pseudo_logits"][0]) == 2
@@ -280,7 +280,7 @@ def test_mismatches_are_named():
         with pytest.raises(ValueError, match=words):
             fit(student, Recipe((Stage(objective, 1),)), data, progress=False)
     for name, value in (
-        ("setting", "layers"),
+        ("mode", "layers"),
         ("mix", "max"),
         ("logit_weight", -1.0),
         ("temperature", 0.0),

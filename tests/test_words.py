@@ -75,7 +75,9 @@ def test_neighbours_against_a_plain_search():
     for word in random.Random(0).sample(near.words, 20):
         scores = (near.table @ near.table[near.place[word]]).tolist()
         pairs = [(s, v) for v, s in zip(near.words, scores) if v != word]
-        naive = sorted((p for p in pairs if p[0] >= near.least), reverse=True)[:5]
+        naive = sorted((p for p in pairs if p[0] >= near.min_similarity), reverse=True)[
+            :5
+        ]
         assert [v for v, _ in near(word, 5)] == [v for _, v in naive]
         assert near(word.upper(), 5) == near(word, 5)
 

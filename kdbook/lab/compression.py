@@ -29,15 +29,15 @@ from kdbook.kronecker import (
     Factors,
     KroneckerLinear,
     Spec,
+    contraction_for,
     kronecker_linear,
     kroneckerize,
-    way_for,
 )
 from .run import scored
 from .studies import STUDIES
 from .teachers import movie_teacher, task_rows, training_rows
 from ..models import student
-from ..records.settings import PLAIN, SEARCH_SEEDS, SETTINGS, WAYS
+from ..records.settings import PLAIN, SEARCH_SEEDS, SETTINGS, SIGNALS
 from ..records.store import study_records
 from ..training import CrossEntropy, Hinton, Recipe, Stage, describe, fit
 from ..words import masked_generator
@@ -98,7 +98,7 @@ def _pretrained(size: str) -> nn.Module:
 
     masked_lm = _masked_lm()
     net = at_size(masked_lm, size)
-    recipe = pretraining_recipe(masked_lm, epochs=2, bf16=True)
+    recipe = pretraining_recipe(masked_lm, bf16=True, epochs=2, lr=1e-3, batch_size=64)
     known_by = f"{net.config.kronecker} {describe(recipe)}"
     key = hashlib.sha256(known_by.encode()).hexdigest()[:12]
     path = cache_dir() / "kronecker" / f"{size}-{key}.safetensors"
@@ -123,36 +123,36 @@ EPOCHS = 4  # of the task's 2,000 rows
 
 
 def compression_recipe(
-    way: str,  # a key of WAYS
+    signal: str,  # a key of SIGNALS
     lr: float,  # peak rate
 ) -> Recipe:  # for `fit`
     "How a student of the study learns its task."
     from kdbook.kronecker_bert import recipe
 
-    kind = WAYS[way][2]
+    kind = SIGNALS[signal][2]
     if kind == "layers":
-        return recipe(movie_teacher(), EPOCHS, lr, batch_size=40, bf16=True)
+        return recipe(movie_teacher(), bf16=True, epochs=EPOCHS, lr=lr, batch_size=40)
     objective = Hinton() if kind == "hinton" else CrossEntropy()
     return Recipe((Stage(objective, EPOCHS, lr, 40),))
 
 # %% ../../nbs/lab_compression.ipynb #b68d2f92
-def _first_student(size: str, way: str, seed: int) -> nn.Module:
+def _first_student(size: str, signal: str, seed: int) -> nn.Module:
     "The student before it learns the task."
     from kdbook.kronecker_bert import with_encoder
 
     if size in PLAIN:
         return student(*PLAIN[size], seed=seed)
     small = at_size(movie_teacher(), size)
-    return with_encoder(small, _pretrained(size)) if WAYS[way][1] else small
+    return with_encoder(small, _pretrained(size)) if SIGNALS[signal][1] else small
 
 
-def _trained(size: str, way: str, lr: float, seed: int) -> dict[str, Any]:
+def _trained(size: str, signal: str, lr: float, seed: int) -> dict[str, Any]:
     "Train one student on the rows of its seed; what a record says of it."
     torch.set_num_threads(1)
     task, train, _ = task_rows("movies")
     run = fit(
-        _first_student(size, way, seed),
-        compression_recipe(way, lr),
+        _first_student(size, signal, seed),
+        compression_recipe(signal, lr),
         training_rows(train, SETTINGS["same-rows"], seed),
         task["validation"],
         seed=seed,
@@ -160,7 +160,7 @@ def _trained(size: str, way: str, lr: float, seed: int) -> dict[str, Any]:
         progress=False,
     )
     record = {
-        "settings": dict(size=size, way=way, lr=lr, seed=seed, epochs=EPOCHS),
+        "settings": dict(size=size, signal=signal, lr=lr, seed=seed, epochs=EPOCHS),
         "parameters": sum(p.numel() for p in run.student.parameters()),
         "best": run.best,
     }
@@ -170,62 +170,64 @@ def _trained(size: str, way: str, lr: float, seed: int) -> dict[str, Any]:
     return record
 
 # %% ../../nbs/lab_compression.ipynb #716620fb
-def _rates(size: str, way: str) -> tuple[float, ...]:
+def _rates(size: str, signal: str) -> tuple[float, ...]:
     if size in PLAIN:
         return RATES["plain"]
-    return RATES["layers" if WAYS[way][2] == "layers" else "labels"]
+    return RATES["layers" if SIGNALS[signal][2] == "layers" else "labels"]
 
 
-def _lines() -> list[tuple[str, str]]:  # size and way
-    "Every size by both stages, every way for the 8 preset, and the plain students."
+def _lines() -> list[tuple[str, str]]:  # size and signal
+    "Every size by both stages, every signal for 8, and the plain students."
     sizes = ("kronecker-4", "kronecker-21", "kronecker-8", "low-rank")
     return [
         *((size, "both") for size in sizes),
-        *(("kronecker-8", way) for way in WAYS if way != "both"),
-        *((size, way) for size in PLAIN for way in ("hinton", "alone")),
+        *(("kronecker-8", signal) for signal in SIGNALS if signal != "both"),
+        *((size, signal) for size in PLAIN for signal in ("hinton", "alone")),
     ]
 
 
 def rate_part(
     size: str,  # one of SHAPES, or a key of PLAIN
-    way: str,  # a key of WAYS
+    signal: str,  # a key of SIGNALS
     lr: float,  # peak rate
 ) -> dict[str, Any]:  # a line of the study's file
     "One run of the search over rates, judged on validation rows."
-    return _trained(size, way, lr, SEARCH_SEEDS[0])
+    return _trained(size, signal, lr, SEARCH_SEEDS[0])
 
 
 def rate_parts(
     seeds: int,  # not used: one seed searches
 ) -> dict[tuple, int]:  # arguments of a part -> how long it is
     "A search for each line of the comparison."
-    parts = [(size, way, lr) for size, way in _lines() for lr in _rates(size, way)]
+    parts = [
+        (size, signal, lr) for size, signal in _lines() for lr in _rates(size, signal)
+    ]
     return {part: 1 if part[0] in PLAIN else 10 for part in parts}
 
 # %% ../../nbs/lab_compression.ipynb #d48ebdbb
 def chosen_rate(
     size: str,  # one of SHAPES, or a key of PLAIN
-    way: str,  # a key of WAYS
+    signal: str,  # a key of SIGNALS
 ) -> float:
     """The rate with the best validation score; the smaller one on a tie.
 
     Raises `FileNotFoundError` where the search has not been run."""
     searched = study_records("compression_rates")
     scores = {tuple(r["key"]): r["best"]["score"] for r in searched}
-    rates = _rates(size, way)
-    if any((size, way, lr) not in scores for lr in rates):
+    rates = _rates(size, signal)
+    if any((size, signal, lr) not in scores for lr in rates):
         way_out = "python -m kdbook study compression_rates"
-        raise FileNotFoundError(f"no search over rates for {size}, {way}: {way_out}")
-    return max(rates, key=lambda lr: (scores[size, way, lr], -lr))
+        raise FileNotFoundError(f"no search over rates for {size}, {signal}: {way_out}")
+    return max(rates, key=lambda lr: (scores[size, signal, lr], -lr))
 
 # %% ../../nbs/lab_compression.ipynb #510b8a76
 def compression_part(
     size: str,  # one of SHAPES, or a key of PLAIN
-    way: str,  # a key of WAYS
+    signal: str,  # a key of SIGNALS
     seed: int,  # of rows and order
 ) -> dict[str, Any]:  # a line of the study's file
     "Train and score one student."
-    return _trained(size, way, chosen_rate(size, way), seed)
+    return _trained(size, signal, chosen_rate(size, signal), seed)
 
 
 def compression_parts(
@@ -381,18 +383,18 @@ def _time_layers() -> list[dict]:
 
 # %% ../../nbs/lab_compression.ipynb #87f59991
 def _time_ways() -> list[dict]:
-    "Every way of multiplying, without bias, 4,096 rows: dense over that way."
+    "Every contraction, without bias, 4,096 rows: dense over that one."
     lines = []
     for name, (a, b) in LAYERS.items():
         factors = Factors(torch.randn(1, *a), torch.randn(1, *b))
         x, weight = torch.randn(4096, a[1] * b[1]), factors.product()
         calls = {"dense": lambda: F.linear(x, weight)}
-        for way in MULTIPLY:
-            call = partial(kronecker_linear, x, factors, None, way)
-            calls[f"{way.first} {way.layout}"] = call
+        for contraction in MULTIPLY:
+            call = partial(kronecker_linear, x, factors, None, contraction)
+            calls[f"{contraction.first} {contraction.layout}"] = call
         seconds = side_by_side(calls, 3)
-        dense, best = seconds.pop("dense"), way_for(a, b)
-        ratios = {way: round(dense / s, 2) for way, s in seconds.items()}
+        dense, best = seconds.pop("dense"), contraction_for(a, b)
+        ratios = {name: round(dense / s, 2) for name, s in seconds.items()}
         chosen = f"{best.first} {best.layout}"
         lines.append({"name": name, "chosen": chosen, "ratios": ratios})
     return lines

@@ -47,7 +47,7 @@ from kdbook.records.store import (
     read_lines,
     read_record,
 )
-from ..rows import predict_logits
+from ..rows import predict_logits, trained_parameters
 from ..training import Recipe, Run, Stage, fit, settings_of
 
 # %% ../../nbs/lab_run.ipynb #253ade4e
@@ -164,7 +164,7 @@ def train_one(
     net, rows, extra = plan.prepare(setting, student_of(setting, seed), rows)
     recipe = plan.recipe(setting, lr, **extra)
     run = fit(net, recipe, rows, task["validation"], seed=seed, progress=False)
-    trained = ((n, p) for n, p in run.student.named_parameters() if p.requires_grad)
+    trained = trained_parameters(run.student).items()
     path = _weights_path(setting_name, method, lr, seed)
     with optional_write(path):
         save_tensors({name: p.detach().contiguous() for name, p in trained}, path)
@@ -270,7 +270,7 @@ def run_calls(
     jobs: int,  # calls at once
     desc: str,  # beside the bar
     unit: str = "update",  # of the sizes
-    keep: Callable[[tuple, Any], None] = lambda call, result: None,  # as calls end
+    store: Callable[[tuple, Any], None] = lambda call, result: None,  # as calls end
 ) -> None:
     "Call `work` for every key, in one or several processes, under one progress bar."
     from concurrent.futures import ProcessPoolExecutor, as_completed
@@ -282,7 +282,7 @@ def run_calls(
     with tqdm(total=total, desc=desc, unit=unit, smoothing=0, disable=not sizes) as bar:
         if jobs == 1:
             for call, size in sizes.items():
-                keep(call, work(*call))
+                store(call, work(*call))
                 bar.update(size)
             return
         if not sizes:
@@ -292,7 +292,7 @@ def run_calls(
             waiting = {pool.submit(work, *call): call for call in sizes}
             try:
                 for done in as_completed(waiting):
-                    keep(waiting[done], done.result())
+                    store(waiting[done], done.result())
                     bar.update(sizes[waiting[done]])
             except BaseException:
                 # one failed run is told now, not after all the others
@@ -315,7 +315,7 @@ def _is_missing(setting_name: str, method: str, lr: float, seed: int) -> bool:
     return False
 
 
-def _keep(run: tuple, record: dict[str, Any]) -> None:
+def _store(run: tuple, record: dict[str, Any]) -> None:
     "Add a record to its setting's file, under the header that the file has."
     path = ladder_file(run[0])
     lines = read_lines(path)
@@ -332,7 +332,7 @@ def _run_all(runs: Iterable[tuple], jobs: int, desc: str) -> None:
                 f"({'; '.join(changed)}): give this one a name of its own"
             )
     sizes = {run: setting_of(run[0]).updates for run in missing}
-    run_calls(run_one, sizes, jobs, desc, keep=_keep)
+    run_calls(run_one, sizes, jobs, desc, store=_store)
 
 # %% ../../nbs/lab_run.ipynb #95575f6e
 def run_ladder(

@@ -54,7 +54,7 @@ def training_rows(
     rows = train.select(sorted(order.tolist()))
     if setting.labelled == setting.rows:
         return rows
-    return hide_labels(rows, keep=setting.labelled, seed=seed)
+    return hide_labels(rows, setting.labelled, seed)
 
 # %% ../../nbs/lab_teachers.ipynb #8a6ab3fb
 def row_crc(

@@ -228,6 +228,16 @@ def _row(r: Rung) -> dict[str, Any]:
     }
 
 
+def _label_note(setting_name: str, runs: list[dict[str, Any]]) -> str:
+    "Says so where rows without a label were left out of the mean of label losses."
+    setting = setting_of(setting_name)
+    recipes = (run["recipe"] for run in runs if "recipe" in run)
+    stages = (stage for recipe in recipes for stage in recipe["stages"])
+    left_out = any(stage["objective"].get("per") == "labelled" for stage in stages)
+    few = setting.labelled < setting.rows
+    return "label losses averaged over labelled rows only" if few and left_out else ""
+
+
 def ladder_table(
     setting_name: str,  # a key of SETTINGS
     method: str = "annealing_kd",  # a key of METHODS or LADDERS
@@ -238,7 +248,8 @@ def ladder_table(
     rungs = ladder(setting_name, method)
     table = pd.DataFrame([_row(r) for r in rungs]).set_index("method")
     runs = [run for r in rungs[:-1] for run in reported(setting_name, r.method)]
-    table.columns.name = provenance_note(runs) or None
+    notes = filter(None, [provenance_note(runs), _label_note(setting_name, runs)])
+    table.columns.name = "; ".join(notes) or None
     return table
 
 # %% ../../nbs/records_ladder.ipynb #7905488b

@@ -4,8 +4,9 @@
 
 # %% auto #0
 __all__ = ['SETTINGS', 'SMALL', 'SEARCH_SEEDS', 'BASELINES', 'METHODS', 'WEIGHTS', 'TIMES', 'ON_KD', 'LADDERS', 'NOT_RUN',
-           'ROBUST', 'LINE_AT', 'TRAIL', 'TASKS', 'TEACHERS', 'DIGITS_TRAIL', 'PLAIN', 'WAYS', 'STUDY_NAMES', 'Setting',
-           'NoisySetting', 'setting_of', 'Method', 'has_pool', 'has_words', 'ladder_of', 'rungs_of', 'settings_for']
+           'ROBUST', 'LINE_AT', 'TRAIL', 'TASKS', 'TEACHERS', 'DIGITS_TRAIL', 'PLAIN', 'SIGNALS', 'STUDY_NAMES',
+           'Setting', 'NoisySetting', 'setting_of', 'Method', 'has_pool', 'has_words', 'ladder_of', 'rungs_of',
+           'settings_for']
 
 # %% ../../nbs/records_settings.ipynb #6ad75447
 from dataclasses import dataclass
@@ -415,7 +416,7 @@ TEACHERS = {"movies": "minilm-movies", "digits": "digits"}
 DIGITS_TRAIL = (10, 20, 30, 50, 80, 160, 320, 570)  # of the digits teacher's 570
 
 PLAIN = {"2x128": (2, 128), "2x64": (2, 64), "1x32": (1, 32)}  # students of no product
-WAYS = {  # title, whether stage one comes first, the objective of stage two
+SIGNALS = {  # title, whether stage one comes first, the objective of stage two
     "both": ("both stages", True, "layers"),
     "no_stage_one": ("no stage one", False, "layers"),
     "no_distillation": ("stage one, then labels alone", True, "labels"),
