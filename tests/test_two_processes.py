@@ -14,10 +14,17 @@ from kdbook.distillation import annotate
 from kdbook.models import image_net
 from kdbook.reweighted_kd import RWKD
 from kdbook.swa import SWA
-from kdbook.training import Callback, CrossEntropy, LogitMSE, Recipe, Stage
+from kdbook.training import (
+    Callback,
+    CrossEntropy,
+    Hinton,
+    LogitMSE,
+    Recipe,
+    Stage,
+)
 from kdbook.universal_kd import PseudoClassifiers, UniversalKD, train_heads
 
-NAMES = ("logit MSE", "SWA", "RW-KD", "Universal-KD")
+NAMES = ("logit MSE", "few labels", "SWA", "RW-KD", "Universal-KD")
 EXAMPLE = {"pixel_values": torch.zeros(1, 16)}
 
 
@@ -45,6 +52,8 @@ def case(name):
     Of 49 rows the last batch of an epoch has one, fewer than there are processes."""
     stage = lambda objective, epochs=3: Stage(objective, epochs, 5e-3, 16)
     rows = images(49)
+    if name == "few labels":
+        return net(), (stage(Hinton()),), images(49, labelled=7)
     if name in ("logit MSE", "SWA"):
         return net(), (stage(LogitMSE()),), rows
     if name == "RW-KD":
