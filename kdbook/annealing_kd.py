@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from .checks import in_range
 from .losses import logit_mse
-from .rows import forward
+from .rows import forward, token_mask
 from .training import Loss, Progress, Recipe, Stage, then_labels
 
 # %% ../nbs/annealing_kd.ipynb #6c5e3918
@@ -51,18 +51,19 @@ def annealing_loss(
     teacher_logits: Tensor,  # same shape; receives no gradient
     phi: float = 1.0,  # in (0, 1]: scale of the teacher's logits
     reduction: Literal["mean", "none"] = "mean",  # "none": one value per example
+    mask: Tensor | None = None,  # (batch, seq_len) for tokens: 1 where one counts
 ) -> Tensor:  # squared logits, mean over classes
     """Mean squared distance from the student's logits to `phi` times the teacher's.
 
     Raises `ValueError` if `phi` is outside (0, 1]."""
     in_range("(0, 1]", phi=phi)
-    return logit_mse(student_logits, phi * teacher_logits, reduction)
+    return logit_mse(student_logits, phi * teacher_logits, reduction, mask)
 
 # %% ../nbs/annealing_kd.ipynb #1e56fa1b
 class AnnealingKD:
     "Stage I: follow the teacher's logits from `1/tau_max` of their size to all of it."
 
-    requires, rows = ("teacher_logits",), "all"
+    requires, rows, tokens = ("teacher_logits",), "all", True
 
     def __init__(
         self,
@@ -98,7 +99,10 @@ class AnnealingKD:
         "`annealing_loss` at this epoch's `phi`."
         scale = self.phi(progress)
         student_logits = forward(student, batch)
-        total = annealing_loss(student_logits, batch["teacher_logits"], scale)
+        mask = token_mask(student_logits, batch)
+        total = annealing_loss(
+            student_logits, batch["teacher_logits"], scale, mask=mask
+        )
         return Loss(total, {"phi": scale})
 
 # %% ../nbs/annealing_kd.ipynb #7adc4c16

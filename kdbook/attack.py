@@ -18,8 +18,8 @@ from torch import Tensor, nn
 
 from .checks import in_range
 from .files import cache_dir, optional_write, write_json
-from .identity import fingerprint
-from .rows import Rows, encode, predict_logits
+from .identity import digest, fingerprint
+from .rows import encoded_rows, length_of, predict_logits
 from kdbook.words import (
     like_case,
     nearest_words,
@@ -298,19 +298,24 @@ def _attacked(
 _ATTACK = 2  # raised whenever the same call would give another outcome
 
 
-def _attack_path(
-    model: nn.Module, dataset: Any, settings: str, tokenizer: Any
-) -> Path | None:
-    "Where the outcome is kept; None where the settings print an address."
-    if "<" in settings:
-        return None
+def _attack_path(model: nn.Module, dataset: Any, settings: str, tokenizer: Any) -> Path:
+    "Where the outcome is kept."
     columns = [c for c in ("text", "text_pair", "label") if c in dataset.column_names]
     # tokens would not tell apart what differs in case alone
     values = [list(dataset[c]) for c in columns]
-    encoded = encode(dataset.select_columns(columns), model, tokenizer)
-    known = fingerprint(model, Rows(encoded, ("label",)), 0)
+    rows = encoded_rows(dataset.select_columns(columns), model, ("label",), tokenizer)
+    known = fingerprint(model, rows, 0)
     key = hashlib.sha256(f"{known} {values} {settings}".encode()).hexdigest()[:32]
     return cache_dir() / "attacks" / f"{key}.json"
+
+
+def _outcome(path: Path) -> list[dict[str, Any]] | None:
+    "The outcome in a file; None where there is none, or a damaged one."
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+        return found["rows"] if found["sha256"] == digest(found["rows"]) else None
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
 
 
 def _check_attack(
@@ -336,7 +341,7 @@ def attack(
     allow: Callable[[str, str], bool] | None = None,  # (word, other); None: same_kind
     similarity: float = 0.7,  # smallest allowed to the original, in [-1, 1]
     max_queries: int = 200,  # answers per sentence, at most half of them deletions
-    max_length: int = 64,  # tokens kept per text, as in training
+    max_length: int | None = None,  # tokens kept per text; default: the model's
     batch_size: int = 128,  # texts per forward pass
     tokenizer: Any = None,  # default: the model's own
     cache: bool = True,  # keep the outcome for the next call like this one
@@ -350,12 +355,12 @@ def attack(
     for a budget that cannot hold a single query."""
     _check_attack(dataset, candidates, similarity, max_queries)
     allow = allow or same_kind
-    rule = "same_kind" if allow is same_kind else repr(allow)
-    numbers = f"{similarity} {max_queries} {max_length}"
-    settings = f"{_ATTACK} {candidates} {rule} {numbers}"
-    path = _attack_path(model, dataset, settings, tokenizer) if cache else None
-    if path and path.exists():
-        return Attacked(json.loads(path.read_text(encoding="utf-8")))
+    path, max_length = None, length_of(model, max_length)
+    if cache:
+        settings = [_ATTACK, candidates, allow, similarity, max_queries, max_length]
+        path = _attack_path(model, dataset, digest(settings), tokenizer)
+        if rows := _outcome(path):
+            return Attacked(rows)
     neighbours = nearest_words()
 
     def options(word):
@@ -368,5 +373,5 @@ def attack(
     rows = _attacked(victim, dataset, options, similarity, max_queries, progress)
     if path:
         with optional_write(path):
-            write_json(rows, path)
+            write_json({"rows": rows, "sha256": digest(rows)}, path)
     return Attacked(rows)

@@ -16,8 +16,16 @@ from torch import Tensor, nn
 
 from .annealing_kd import AnnealingKD, annealing_loss, temperature_schedule
 from .checks import in_range, one_of
-from .losses import label_loss, teacher_loss
-from .rows import INPUTS, bare, copied, forward, joined, trained_parameters
+from .losses import in_full, kl_divergence, label_loss, teacher_loss
+from kdbook.rows import (
+    INPUTS,
+    bare,
+    copied,
+    forward,
+    joined,
+    pad_id_of,
+    trained_parameters,
+)
 from .training import Loss, Progress, Recipe, Stage, one_stage, then_labels
 from .words import MaskedGenerator, mask_tokens
 
@@ -28,10 +36,12 @@ def sample_words(
     """A word for each hole, drawn with the softmax's probabilities.
 
     What Gumbel noise and an argmax give, in less time."""
-    shares = logits.softmax(-1).cumsum(-1)
-    drawn = torch.rand(len(shares), 1, device=shares.device) * shares[:, -1:]
-    words = torch.searchsorted(shares, drawn).flatten()
-    return words.clamp(max=logits.shape[-1] - 1)
+    shares = in_full(logits).softmax(-1).cumsum(-1)
+    whole = shares[:, -1:]
+    drawn = torch.rand(len(shares), 1, device=shares.device) * whole
+    # below the end, and past every word whose share is nothing
+    drawn = drawn.minimum(torch.nextafter(whole, torch.zeros_like(whole)))
+    return torch.searchsorted(shares, drawn, right=True).flatten()
 
 # %% ../nbs/combined_kd.ipynb #d7d55480
 def mixed_embeddings(
@@ -78,12 +88,13 @@ def gap(
     "kl" is the divergence from teacher to student, "cross_entropy" the slip of public
     code. Raises `ValueError` for another `kind`."""
     one_of(get_args(Gap), kind=kind)
+    teacher_logits, student_logits = in_full(teacher_logits), in_full(student_logits)
     if kind == "mse":
         return (teacher_logits - student_logits).pow(2).mean()
     log_p = F.log_softmax(teacher_logits, -1)
     log_q = F.log_softmax(student_logits, -1)
     if kind == "kl":
-        return (log_p.exp() * (log_p - log_q)).sum(-1).mean()
+        return kl_divergence(log_p, log_q).mean()
     return -(log_p.exp() * log_q).sum(-1).mean()
 
 # %% ../nbs/combined_kd.ipynb #0c134583
@@ -325,6 +336,12 @@ class _Adversarial:
         "Take back what `state_dict` gave."
         self.adversary.load_state_dict(state)
 
+
+def _both(student: nn.Module, batch: dict, rewritten: dict) -> tuple[Tensor, ...]:
+    "The student's logits on a batch and on its rewritten twin, in one pass."
+    inputs = joined(batch, rewritten, pad_id_of(student))
+    return forward(student, inputs).chunk(2)
+
 # %% ../nbs/combined_kd.ipynb #adc73133
 class MateKD(_Adversarial):
     """Labels, the teacher on the text and on adversarial text, a third each (MATE-KD).
@@ -332,6 +349,7 @@ class MateKD(_Adversarial):
     Squared errors where there is one output, which wants the gap "mse"."""
 
     requires, rows = ("label", "teacher_logits"), "all"
+    tokens = False
 
     def __init__(
         self,
@@ -359,7 +377,7 @@ class MateKD(_Adversarial):
     ) -> Loss:
         "The three terms, by name; rows without a label have two."
         rewritten = play(self.adversary, student, batch, progress)
-        clean_logits, new_logits = forward(student, joined(batch, rewritten)).chunk(2)
+        clean_logits, new_logits = _both(student, batch, rewritten)
         terms = {
             "label": label_loss(clean_logits, batch["labels"], per=self.per),
             "teacher": teacher_loss(clean_logits, batch["teacher_logits"]),
@@ -375,6 +393,7 @@ class CombinedKD(_Adversarial, AnnealingKD):
     No labels (Combined-KD)."""
 
     requires, rows = ("teacher_logits",), "all"
+    tokens = False
 
     def __init__(
         self,
@@ -404,7 +423,7 @@ class CombinedKD(_Adversarial, AnnealingKD):
         "Half of `annealing_loss` on either text, at this epoch's `phi`."
         phi = self.phi(progress)
         rewritten = play(self.adversary, student, batch, progress)
-        clean_logits, new_logits = forward(student, joined(batch, rewritten)).chunk(2)
+        clean_logits, new_logits = _both(student, batch, rewritten)
         clean = annealing_loss(clean_logits, batch["teacher_logits"], phi)
         targets = self.adversary.teach(rewritten)
         adversarial = annealing_loss(new_logits, targets, phi)

@@ -9,6 +9,7 @@ __all__ = ['Psi', 'hinge_loss', 'linear_psi', 'step_psi', 'paper_psi', 'check_ps
 # %% ../nbs/continuation_kd.ipynb #43bae09b
 from typing import Any, Callable, Literal, Sequence
 
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .annealing_kd import annealing_loss, phi, temperature_schedule
@@ -40,7 +41,8 @@ def hinge_loss(
     distance = annealing_loss(student_logits, teacher_logits, phi, "none")
     if hinge == "batch":
         distance = distance.mean()
-    return reduce_loss((distance - margin * phi).clamp(min=0), reduction)
+    # relu, not clamp: on the margin itself the gradient is 0
+    return reduce_loss(F.relu(distance - margin * phi), reduction)
 
 # %% ../nbs/continuation_kd.ipynb #987363e0
 def linear_psi(
@@ -177,6 +179,7 @@ class ContinuationKD:
     `psi`."""
 
     requires, rows = ("label", "teacher_logits"), "all"
+    tokens = False
 
     def __init__(
         self,

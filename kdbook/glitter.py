@@ -18,11 +18,15 @@ from torch import Tensor, nn
 from .checks import in_range, one_of
 from .losses import label_loss, reduce_loss, soft_target_loss, teacher_loss
 from kdbook.rows import (
+    Around,
     bare,
     forward,
     joined,
+    length_of,
+    pad_id_of,
     predict_logits,
     progress_bar,
+    reads_types,
     with_column,
 )
 from .training import Callback, Loss, Progress, Recipe, Run, Stage, one_stage
@@ -131,7 +135,7 @@ def encode_pool(
     dataset: "datasets.Dataset",  # with a pool
     model: nn.Module | None = None,  # its `.tokenizer` is used; not needed for pixels
     tokenizer: Any = None,  # default: the model's own
-    max_length: int = 64,  # tokens kept per variant, special ones included
+    max_length: int | None = None,  # tokens kept per variant; default: the model's
 ) -> "datasets.Dataset":  # with `pool_length` (k), and texts with `pool_input_ids`
     "The pool as a student reads it. Raises `ValueError` for rows without a pool."
     k = _pool_size(dataset)
@@ -139,12 +143,13 @@ def encode_pool(
     if "pool_text" not in dataset.column_names:
         return with_column(dataset, "pool_length", present.long())
     texts = _flat(dataset)
-    tokens = (tokenizer or model.tokenizer)(
+    tokenizer = tokenizer or model.tokenizer
+    tokens = tokenizer(
         *texts,
         truncation=True,
-        max_length=max_length,
+        max_length=length_of(model, max_length),
         padding=True,
-        return_token_type_ids=len(texts) == 2,
+        return_token_type_ids=len(texts) == 2 and reads_types(model, tokenizer),
     )
     length = torch.tensor(tokens["attention_mask"][:]).sum(1).view(-1, k) * present
     dataset = with_column(dataset, "pool_length", length)
@@ -210,13 +215,12 @@ def angular_distance(
     return F.cosine_similarity(a, b, dim=-1).clamp(-1, 1).acos() / torch.pi
 
 # %% ../nbs/glitter.ipynb #493298c3
-class _Representation(nn.Module):
+class _Representation(Around):
     "A classifier's last hidden states, first token, in the place of its logits."
 
     def __init__(self, model: nn.Module):
         super().__init__()
         self.model = model
-        self.tokenizer = getattr(model, "tokenizer", None)
 
     def forward(self, **inputs: Tensor) -> Tensor:
         if hasattr(self.model, "config"):  # a model of Hugging Face has to be asked
@@ -441,7 +445,9 @@ def glitter_loss(
     The latter is the mean of `pool_losses` over all chosen variants of the batch. In
     "consistency" the former is cross-entropy alone."""
     inputs, present = pool_inputs(batch, chosen)
-    logits = forward(student, joined(batch, inputs))  # one forward pass for both
+    logits = forward(
+        student, joined(batch, inputs, pad_id_of(student))
+    )  # one forward pass for both
     row_logits = logits[: len(chosen)]
     variant_logits = logits[len(chosen) :].view(*chosen.shape, -1)
     original = label_loss(row_logits, batch["labels"], per=per)
@@ -464,6 +470,7 @@ class Glitter(Chooser):
     Checkpoints keep what each row has chosen."""
 
     rows = "all"
+    tokens = False
     optional = ("pool_input_ids", "pool_token_type_ids", "pool_pixel_values")
     made_by = {
         "idx": "make_pool(train)",

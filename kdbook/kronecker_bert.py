@@ -386,6 +386,7 @@ class PretrainingKD(_FromInside):
     It needs no labels (Tahaei et al. 2022, without next-sentence prediction)."""
 
     requires, rows = (), "all"
+    tokens = False
 
     def __init__(
         self,
@@ -434,6 +435,7 @@ class TaskKD(_FromInside):
     (Tahaei et al. 2022; the logit loss is our reconstruction.)"""
 
     requires, rows = ("label",), "all"
+    tokens = False
 
     def __init__(
         self,

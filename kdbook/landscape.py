@@ -22,10 +22,9 @@ from .files import mix_seed
 from .losses import label_loss
 from kdbook.rows import (
     Rows,
-    encode,
+    encoded_rows,
     forward,
     length_sorted,
-    pad_id_of,
     progress_bar,
     trained_parameters,
 )
@@ -163,7 +162,7 @@ def _sweep(
     origin: dict[str, Tensor] | None,
     batch_size: int,
     tokenizer: Any,
-    max_length: int,
+    max_length: int | None,
     progress: bool,
 ) -> Tensor:  # (points, rows, num_labels)
     own = trained_weights(model)
@@ -173,8 +172,7 @@ def _sweep(
         raise ValueError(
             "the grid has no points: give at least one coordinate per direction"
         )
-    encoded = encode(dataset, model, tokenizer, max_length)
-    rows = Rows(encoded, pad_id=pad_id_of(model, tokenizer))
+    rows = encoded_rows(dataset, model, (), tokenizer, max_length)
     indices = length_sorted(rows.lengths, batch_size)
     batches = _batches(model, rows, indices)
     out = None
@@ -197,7 +195,7 @@ def logit_line(
     origin: dict[str, Tensor] | None = None,  # weights at 0; default: the model's
     batch_size: int = 64,  # rows per forward pass
     tokenizer: Any = None,  # default: the model's own
-    max_length: int = 64,  # tokens kept per row
+    max_length: int | None = None,  # tokens kept per row; default: the model's
     progress: bool = True,  # show a bar when there is more than a few seconds of work
 ) -> Tensor:  # (xs, rows, num_labels), on the CPU
     """The model's logits along a line in weight space (Goodfellow et al. 2015).
@@ -239,7 +237,7 @@ def logit_surface(
     origin: dict[str, Tensor] | None = None,  # weights at (0, 0); default: the model's
     batch_size: int = 64,  # rows per forward pass
     tokenizer: Any = None,  # default: the model's own
-    max_length: int = 64,  # tokens kept per row
+    max_length: int | None = None,  # tokens kept per row; default: the model's
     progress: bool = True,  # show a bar when there is more than a few seconds of work
 ) -> Tensor:  # (ys, xs, rows, num_labels), on the CPU
     """The model's logits on a grid in a plane of weight space (Li et al. 2018).
@@ -355,13 +353,13 @@ def _loss_rows(
     dataset: "datasets.Dataset",
     loss: Callable,
     tokenizer: Any,
-    max_length: int,
+    max_length: int | None,
 ) -> Rows:
     "The rows with what a loss may read; for the label loss, those that have a label."
     if loss is _on_labels:
         dataset = _labelled(dataset)
-    encoded = encode(dataset, model, tokenizer, max_length)
-    return Rows(encoded, ("label", "teacher_logits"), pad_id_of(model, tokenizer))
+    columns = ("label", "teacher_logits")
+    return encoded_rows(dataset, model, columns, tokenizer, max_length)
 
 # %% ../nbs/landscape.ipynb #eadb3c2c
 def _gradient(
@@ -411,7 +409,7 @@ def sharpness(
     loss: Callable[[Tensor, dict], Tensor] = _on_labels,  # of (logits, batch)
     seed: int = 0,  # decides which rows form a chunk
     tokenizer: Any = None,  # default: the model's own
-    max_length: int = 64,  # tokens kept per row
+    max_length: int | None = None,  # tokens kept per row; default: the model's
     progress: bool = True,  # show a bar when there is more than a few seconds of work
 ) -> Estimate:  # in the unit of the loss, over chunks
     """How far the loss rises within `rho` along its gradient (Foret et al. 2021).
@@ -462,7 +460,7 @@ def hessian_trace(
     batch_size: int = 64,  # rows per pass; changes memory and time, not the result
     loss: Callable[[Tensor, dict], Tensor] = _on_labels,  # mean of (logits, batch)
     tokenizer: Any = None,  # default: the model's own
-    max_length: int = 64,  # tokens kept per row
+    max_length: int | None = None,  # tokens kept per row; default: the model's
     progress: bool = True,  # show a bar when there is more than a few seconds of work
 ) -> Estimate:  # over probes
     """The sum of all second derivatives, estimated by random signs (Hutchinson 1989).

@@ -17,14 +17,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .checks import in_range, one_of
-from .losses import label_loss, reduce_loss, soft_target_loss
+from .losses import in_full, label_loss, reduce_loss, soft_target_loss
 from .recipes import along, ends
 from kdbook.rows import (
-    Rows,
-    encode,
+    encoded_rows,
     forward,
     logits_on_rows,
-    pad_id_of,
     predict_logits,
     with_column,
 )
@@ -180,20 +178,16 @@ class Memorisation(Callback):
     def __init__(
         self,
         rows: "datasets.Dataset",  # training rows, with `true_label` and `corrupted`
-        tokenizer: Any = None,  # default: the student's own
-        max_length: int = 64,  # tokens kept per row
     ):
         self.rows = rows
-        self.tokenizer = tokenizer
-        self.max_length = max_length
         self.epochs_seen = []
         self._inputs = None  # the rows, encoded when the student is known
         names = ("label", "true_label", "corrupted")
         self._labels = {name: torch.tensor(rows[name][:]) for name in names}
 
     def settings(self) -> dict[str, Any]:
-        "Its arguments but the rows."
-        return {"max_length": self.max_length}
+        "None: the rows are those that train."
+        return {}
 
     def before_stage(self, run: Run, progress: Progress) -> None:
         "A new run begins a new list."
@@ -204,10 +198,7 @@ class Memorisation(Callback):
     def after_epoch(self, run: Run, progress: Progress) -> None:
         "Add a line to `epochs_seen`."
         if self._inputs is None:
-            self._inputs = Rows(
-                encode(self.rows, run.student, self.tokenizer, self.max_length),
-                pad_id=pad_id_of(run.student, self.tokenizer),
-            )
+            self._inputs = encoded_rows(self.rows, run.student)
         logits = logits_on_rows(run.student, self._inputs)
         self.epochs_seen.append(memorised(self._labels, logits))
 
@@ -231,7 +222,7 @@ def bootstrap_targets(
     Raises `ValueError` outside the ranges."""
     in_range("[0, 1]", beta=beta)
     in_range("(0, inf)", temperature=temperature)
-    believed = F.softmax(teacher_logits.detach() / temperature, dim=-1)
+    believed = F.softmax(in_full(teacher_logits.detach()) / temperature, dim=-1)
     observed = F.one_hot(labels.clamp(min=0), teacher_logits.shape[-1])
     return (1 - beta) * observed + beta * believed
 
@@ -242,6 +233,7 @@ class SoftRelabelling:
     Raises `ValueError` for numbers out of range."""
 
     requires, rows = ("label", "teacher_logits"), "all"
+    tokens = False
 
     def __init__(
         self,
@@ -283,7 +275,7 @@ class SoftRelabelling:
         targets = bootstrap_targets(
             labels, teacher_logits, beta, self.relabel_temperature
         )
-        losses = F.cross_entropy(logits, targets, reduction="none")
+        losses = F.cross_entropy(in_full(logits), targets, reduction="none")
         known = labels != -100
         hard = reduce_loss(losses, "mean", known)
         if self.per == "row":
@@ -302,7 +294,7 @@ def support_of(
         raise ValueError(
             "support is a probability and needs at least 2 classes, got 1 output"
         )
-    probabilities = F.softmax(logits.detach(), dim=-1)
+    probabilities = F.softmax(in_full(logits.detach()), dim=-1)
     return probabilities.gather(1, labels.clamp(min=0)[:, None])[:, 0]
 
 # %% ../nbs/noisy_label_kd.ipynb #6c86b32c
@@ -372,6 +364,7 @@ class SelectiveKD:
     "Plain KD that listens to a label only where a teacher vouches for it."
 
     rows = "all"
+    tokens = False
     made_by = {"teacher_oof_logits": "out_of_fold(train, rows_to_trained_model)"}
 
     def __init__(
@@ -429,7 +422,9 @@ def small_losses(
         known = labels != -100
     order = losses.detach().masked_fill(~known, math.inf).argsort(stable=True)
     kept = torch.zeros_like(known)
-    kept[order[: math.ceil(share * int(known.sum()))]] = True
+    # .07 * 100 is a little more than 7
+    count = math.ceil(share * int(known.sum()) - 1e-9)
+    kept[order[:count]] = True
     return kept
 
 # %% ../nbs/noisy_label_kd.ipynb #669495ec
@@ -439,6 +434,7 @@ class SmallLossKD:
     With several processes or micro-batches, in each piece."""
 
     requires, rows = ("label", "teacher_logits"), "all"
+    tokens = False
 
     def __init__(
         self,

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from .annealing_kd import phi
 from .checks import in_range, one_of
-from .files import save_tensors
+from .files import load_tensors, save_tensors
 from .losses import logit_mse, soft_target_loss
 from .rows import forward, with_column
 from .training import Callback, Loss, Progress, Recipe, Run, Stage, then_labels
@@ -50,7 +50,8 @@ class Trail(Callback):
         "Write the weights of `model` if `step` is one of the trail's."
         if step in self.steps:
             weights = model.state_dict().items()
-            on_cpu = {k: v.detach().cpu().contiguous() for k, v in weights}
+            # a copy of each: two names of one tensor are no two tensors in a file
+            on_cpu = {k: v.detach().cpu().contiguous().clone() for k, v in weights}
             save_tensors(on_cpu, self.path(step))
 
     def load(
@@ -61,16 +62,14 @@ class Trail(Callback):
         """`model` with the weights after `step` updates.
 
         Raises `FileNotFoundError` where they are not there."""
-        from safetensors.torch import load_file
-
-        step = step or self.steps[-1]
+        step = self.steps[-1] if step is None else step
         path = self.path(step)
         if not path.exists():
             raise FileNotFoundError(
                 f"the trail has no weights after {step} updates ({path}): train the "
                 f"teacher with it first, for at least {self.steps[-1]} updates"
             )
-        model.load_state_dict(load_file(path))
+        model.load_state_dict(load_tensors(path))
         return model
 
     def after_step(self, run: Run, progress: Progress) -> None:
@@ -188,6 +187,7 @@ class ProgressiveKD:
     Raises `ValueError` for unknown choices and for trails that cannot be followed."""
 
     requires, rows = ("teacher_trail",), "all"
+    tokens = False
     made_by = {"teacher_trail": "annotate_trail(train, teacher, trail)"}
 
     def __init__(

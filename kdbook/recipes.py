@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from .checks import in_range, one_of
 from .losses import hinton_loss, label_loss, logit_mse
-from .rows import forward
+from .rows import forward, token_mask
 
 # %% ../nbs/recipes.ipynb #324ce1e0
 @dataclass(frozen=True)
@@ -69,6 +69,7 @@ class Objective(Protocol):
     requires: tuple[str, ...]  # columns it reads, besides the model's inputs
     rows: str  # "all", or "labelled": leave out rows whose label is -100
     made_by: dict[str, str]  # column -> the call that makes it; may be left out
+    tokens: bool  # False: refuse rows with a label for every token; may be left out
 
     def settings(self) -> dict[str, Any]:
         "The arguments that decide what it does, by name."
@@ -84,7 +85,7 @@ class Objective(Protocol):
 class CrossEntropy:
     "Plain supervised training on hard labels."
 
-    requires, rows = ("label",), "labelled"
+    requires, rows, tokens = ("label",), "labelled", True
 
     def settings(self) -> dict[str, Any]:
         "None: there is nothing to choose."
@@ -101,7 +102,7 @@ class CrossEntropy:
 class Hinton:
     "Plain KD: soft targets at a fixed temperature, and labels where there are any."
 
-    requires, rows = ("label", "teacher_logits"), "all"
+    requires, rows, tokens = ("label", "teacher_logits"), "all", True
 
     def __init__(
         self,
@@ -122,13 +123,15 @@ class Hinton:
         self, student: nn.Module, batch: dict[str, Tensor], progress: Progress
     ) -> Loss:
         "`hinton_loss` on the batch."
+        logits = forward(student, batch)
         total = hinton_loss(
-            forward(student, batch),
+            logits,
             batch["teacher_logits"],
             batch["labels"],
             self.temperature,
             self.alpha,
             per=self.per,
+            mask=token_mask(logits, batch),
         )
         return Loss(total)
 
@@ -136,7 +139,7 @@ class Hinton:
 class LogitMSE:
     "Regression on the teacher's logits times a constant; no labels."
 
-    requires, rows = ("teacher_logits",), "all"
+    requires, rows, tokens = ("teacher_logits",), "all", True
 
     def __init__(
         self,
@@ -153,8 +156,9 @@ class LogitMSE:
         self, student: nn.Module, batch: dict[str, Tensor], progress: Progress
     ) -> Loss:
         "`logit_mse` on the batch."
-        teacher_logits = self.scale * batch["teacher_logits"]
-        return Loss(logit_mse(forward(student, batch), teacher_logits))
+        logits = forward(student, batch)
+        mask = token_mask(logits, batch)
+        return Loss(logit_mse(logits, self.scale * batch["teacher_logits"], mask=mask))
 
 # %% ../nbs/recipes.ipynb #7b629430
 def settings_of(
@@ -194,7 +198,7 @@ def stage_name(stage: "Stage") -> str:  # for people
     "The stage's name, or its objective's class."
     return stage.name or type(stage.objective).__qualname__
 
-
+# %% ../nbs/recipes.ipynb #0ac65a17
 @dataclass(frozen=True)
 class Stage:
     "One objective, trained by one fresh optimiser."

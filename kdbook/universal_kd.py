@@ -14,8 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .checks import in_range, one_of
-from .losses import label_loss
-from .rows import forward, logits_of, predict_logits, seeded
+from .losses import in_full, kl_divergence, label_loss
+from .rows import Around, forward, logits_of, predict_logits, seeded
 from .training import CrossEntropy, Loss, Progress, Recipe, Stage, then_labels
 
 # %% ../nbs/universal_kd.ipynb #3278cd7e
@@ -97,7 +97,7 @@ class PseudoOutput(NamedTuple):
         return {"teacher_pseudo_logits": self.pseudo_logits}
 
 # %% ../nbs/universal_kd.ipynb #92f91a2c
-class PseudoClassifiers(nn.Module):
+class PseudoClassifiers(Around):
     """A model with a linear head on each of its intermediate layers.
 
     Raises `ValueError` for a model without hidden states, without layers between the
@@ -122,11 +122,6 @@ class PseudoClassifiers(nn.Module):
                 nn.Linear(width, outputs or classes) for width in widths
             )
         self.to(next(model.parameters()).device).train(model.training)
-
-    @property
-    def tokenizer(self) -> Any:
-        "The model's."
-        return getattr(self.model, "tokenizer", None)
 
     def extra_repr(self) -> str:
         "What shapes the output beside the weights."
@@ -186,7 +181,9 @@ def _fit_head(
 ) -> None:
     "Logistic regression on standardised features, folded back to read them raw."
     mean = features.mean(0).double()
-    scale = features.std(0).double().clamp(min=1e-6)
+    # of a single row it is 0, not NaN
+    spread = features.double().std(0, correction=min(1, len(features) - 1))
+    scale = spread.clamp(min=1e-6)
     x = (features.double() - mean) / scale
     fitted = nn.Linear(
         head.in_features, head.out_features, dtype=torch.double, device=x.device
@@ -236,6 +233,7 @@ def attend(
             "centre=True leaves nothing of a single output: use centre=False for "
             "regression"
         )
+    student_pseudo, teacher_pseudo = in_full(student_pseudo), in_full(teacher_pseudo)
     query = student_pseudo.detach() if detach else student_pseudo
     key = teacher_pseudo.detach()
     if centre:
@@ -249,11 +247,11 @@ def _match(student_logits: Tensor, target: Tensor) -> Tensor:  # one value per v
     """KL from target to student, or the squared error of a single output.
 
     The target may carry gradient: attention's."""
+    student_logits, target = in_full(student_logits), in_full(target)
     if target.shape[-1] == 1:
         return (student_logits - target).pow(2).squeeze(-1)
     log_p = F.log_softmax(target, dim=-1)
-    log_q = F.log_softmax(student_logits, dim=-1)
-    return (log_p.exp() * (log_p - log_q)).sum(-1)
+    return kl_divergence(log_p, F.log_softmax(student_logits, dim=-1))
 
 # %% ../nbs/universal_kd.ipynb #c8332c74
 def il_loss(
@@ -304,6 +302,7 @@ class UniversalKD:
     heads for "il"."""
 
     requires, rows = ("teacher_logits", "teacher_pseudo_logits"), "all"
+    tokens = False
     made_by = {
         "teacher_pseudo_logits": (
             "annotate(train, train_heads(PseudoClassifiers(teacher), train))"
@@ -412,6 +411,7 @@ class HiddenKD:
     projections and teacher differ in shape."""
 
     requires, rows = ("teacher_logits", "teacher_hidden"), "all"
+    tokens = False
     made_by = {
         "teacher_hidden": (
             "with_column(train, 'teacher_hidden', predict_logits(PseudoClassifiers("

@@ -11,6 +11,7 @@ __all__ = ['GRAMMAR', 'pieces_of', 'word_places', 'delete_words', 'swap_words', 
 import random
 import re
 import zlib
+from contextlib import suppress
 from functools import lru_cache
 from typing import Any, Callable, Iterable
 
@@ -19,7 +20,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .checks import in_range
-from .files import cache_dir, need, optional_write, save_tensors
+from kdbook.files import (
+    Damaged,
+    cache_dir,
+    load_tensors,
+    need,
+    optional_write,
+    save_tensors,
+)
 from .identity import fingerprint
 from .losses import label_loss
 from .models import from_hub, load_tokenizer, teacher, teacher_vocabulary
@@ -28,6 +36,7 @@ from kdbook.rows import (
     bare,
     copied,
     encode,
+    load_trained,
     predict_logits,
     seeded,
     trained_parameters,
@@ -437,16 +446,13 @@ def warm_up(
     """The generator after a short training on sentences like those it is to fill.
 
     It is read from the user's cache where it was made before."""
-    from safetensors.torch import load_file
-
     rows = encode(dataset.select_columns(["text"]), generator)
     recipe = Recipe((Stage(MaskedLM(), epochs, lr, 32, name="warm-up"),))
     warm = _for_text(copied(generator), rows["input_ids"], min_count)
     key = f"{fingerprint(warm, Rows(rows), 32)}-{epochs}-{lr:g}-{seed}"
     path = cache_dir() / "generator" / f"{key}.safetensors"
-    if path.exists():
-        warm.load_state_dict(load_file(path), strict=False)
-        return warm.eval()
+    with suppress(FileNotFoundError, Damaged):  # then it is made again
+        return load_trained(warm, load_tensors(path)).eval()
     trained = fit(warm, recipe, rows, seed=seed, progress=progress).student.eval()
     weights = {
         k: p.detach().contiguous() for k, p in trained_parameters(trained).items()
@@ -495,7 +501,7 @@ def fill_words(
     split = [pieces_of(text) for text in texts]
     places = [_sample_places(word_places(pieces), share, rng) for pieces in split]
     holes = [
-        _with_holes(pieces, at, generator.tokenizer.mask_token)
+        _with_holes(pieces, at, generator.tokenizer)
         for pieces, at in zip(split, places)
     ]
     for pieces, at, fillings in zip(split, places, _fillings(generator, holes, k)):
@@ -507,8 +513,14 @@ def fill_words(
     return ["".join(pieces) for pieces in split]
 
 
-def _with_holes(pieces: list[str], places: list[int], mask: str) -> str:
-    return "".join(mask if i in places else piece for i, piece in enumerate(pieces))
+def _with_holes(pieces: list[str], places: list[int], tokenizer: Any) -> str:
+    "The text with masks in these places; a mask of the reader's is plain letters."
+    bounds = [-1, *places, len(pieces)]
+    between = ["".join(pieces[a + 1 : b]) for a, b in zip(bounds, bounds[1:])]
+    for special in tokenizer.all_special_tokens:
+        plain = f"{special[0]} {special[1:]}"
+        between = [text.replace(special, plain) for text in between]
+    return tokenizer.mask_token.join(between)
 
 # %% ../nbs/words.ipynb #3615c8d1
 @lru_cache(4)

@@ -215,6 +215,7 @@ MAY_IMPORT = {
     "folders": "",
 }
 PAIRS = {  # module -> what it may import besides
+    "identity": "files",
     "models": "data",
     "training": "recipes",
     "words": "training models",

@@ -16,6 +16,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
+from contextlib import suppress
 from functools import lru_cache, partial
 from typing import Any, Callable
 
@@ -23,7 +24,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..files import cache_dir, need, save_tensors
+from ..files import Damaged, cache_dir, load_tensors, need, save_tensors
 from kdbook.kronecker import (
     MULTIPLY,
     Factors,
@@ -39,6 +40,7 @@ from .teachers import movie_teacher, task_rows, training_rows
 from ..models import student
 from ..records.settings import PLAIN, SEARCH_SEEDS, SETTINGS, SIGNALS
 from ..records.store import study_records
+from ..rows import load_trained
 from ..training import CrossEntropy, Hinton, Recipe, Stage, describe, fit
 from ..words import masked_generator
 
@@ -92,8 +94,6 @@ def _pretrained(size: str) -> nn.Module:
     """The encoder after stage one, kept in the user's cache.
 
     Two passes over the 8,000 training sentences without their labels."""
-    from safetensors.torch import load_file
-
     from kdbook.kronecker_bert import pretraining_recipe
 
     masked_lm = _masked_lm()
@@ -105,13 +105,13 @@ def _pretrained(size: str) -> nn.Module:
     path.parent.mkdir(parents=True, exist_ok=True)
     # two parts may want the same one
     with need("filelock", "train").FileLock(f"{path}.lock"):
-        if not path.exists():
-            rows = task_rows("movies")[0]["train"].select_columns(["idx", "text"])
-            run = fit(net, recipe, rows, seed=0, mixed_precision="bf16", progress=False)
-            weights = run.student.named_parameters()
-            save_tensors({n: p.detach().contiguous() for n, p in weights}, path)
-    net.load_state_dict(load_file(path), strict=False)
-    return net
+        with suppress(FileNotFoundError, Damaged):
+            return load_trained(net, load_tensors(path))
+        rows = task_rows("movies")[0]["train"].select_columns(["idx", "text"])
+        run = fit(net, recipe, rows, seed=0, mixed_precision="bf16", progress=False)
+        weights = run.student.named_parameters()
+        save_tensors({n: p.detach().contiguous() for n, p in weights}, path)
+    return load_trained(net, load_tensors(path))
 
 # %% ../../nbs/lab_compression.ipynb #e3c1c720
 RATES = {

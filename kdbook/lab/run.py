@@ -20,7 +20,13 @@ import torch
 from torch import Tensor, nn
 
 from ..evaluation import accuracy, agreement, ece, nll
-from ..files import cache_dir, optional_write, save_tensors
+from kdbook.files import (
+    Damaged,
+    cache_dir,
+    load_tensors,
+    optional_write,
+    save_tensors,
+)
 from .methods import PLANS, recipe_of
 from .teachers import continued, noisy_rows, task_rows, training_rows
 from kdbook.models import (
@@ -47,7 +53,7 @@ from kdbook.records.store import (
     read_lines,
     read_record,
 )
-from ..rows import predict_logits, trained_parameters
+from ..rows import load_trained, predict_logits, trained_parameters
 from ..training import Recipe, Run, Stage, fit, settings_of
 
 # %% ../../nbs/lab_run.ipynb #253ade4e
@@ -180,25 +186,23 @@ def kept_student(
 
     Raises `FileNotFoundError` where no rate is chosen yet, and `ValueError` for a
     method that trains more than the plain student."""
-    from safetensors.torch import load_file
-
     torch.set_num_threads(1)
     lr = chosen_lr(setting_name, method)
     if lr is None:
         way_out = f"python -m kdbook ladder {method} --setting {setting_name}"
         raise FileNotFoundError(f"no rate is chosen for {method!r} yet: {way_out}")
     path = _weights_path(setting_name, method, lr, seed)
-    if not path.exists():
+    net = student_of(setting_of(setting_name), seed)
+    try:
+        weights = load_tensors(path)
+    except (FileNotFoundError, Damaged):
         return train_one(setting_name, method, lr, seed)[0].student
-    net, weights = student_of(setting_of(setting_name), seed), load_file(path)
-    unknown = weights.keys() - dict(net.named_parameters()).keys()
-    if unknown:
+    try:
+        return load_trained(net, weights)  # what is frozen is the same anyway
+    except ValueError as e:
         raise ValueError(
-            f"{path} holds {sorted(unknown)[0]!r}, which the setting's student has "
-            f"not: {method} trains more than that student"
-        )
-    net.load_state_dict(weights, strict=False)  # what is frozen is the same anyway
-    return net
+            f"{path}: {e}; {method} may train more than the setting's student"
+        ) from e
 
 # %% ../../nbs/lab_run.ipynb #569ad05f
 def scored(

@@ -59,7 +59,7 @@ from kdbook.records.store import (
     study_records,
 )
 from ..reweighted_kd import meta_weights
-from ..rows import Rows, encode, predict_logits
+from ..rows import Rows, encoded_rows, predict_logits
 from ..training import Callback, LengthBuckets, Progress, Recipe, Run, fit
 from ..words import Leaning
 
@@ -128,7 +128,7 @@ def detectors(
 def _weights_of_rw(rows: Any, student: nn.Module, task: Any) -> float | None:
     "AUC of RW-KD's weights at temperature 1, held against clean validation rows."
     columns = ("label", "teacher_logits")
-    sets = [Rows(encode(d, student), columns) for d in (rows, task["validation"])]
+    sets = [encoded_rows(d, student, columns) for d in (rows, task["validation"])]
     batches = [each.batch(list(range(len(each)))) for each in sets]
     # the teacher is believed where the label is wrong
     weights = meta_weights(student.eval(), *batches, temperature=1.0)
@@ -547,7 +547,7 @@ def cost_part(
         stage = plan.recipe(setting, 1e-3, **extra).stages[0]
         kinds = (getattr(stage.objective, n, ()) for n in ("requires", "optional"))
         columns = ("label", *(column for kind in kinds for column in kind))
-        updates[method] = _updater(net, stage, Rows(encode(own_rows, net), columns))
+        updates[method] = _updater(net, stage, encoded_rows(own_rows, net, columns))
     seconds = {method: [] for method in updates}
     for turn in range(-2, repeats):  # the first two warm up
         for method, update in updates.items():

@@ -237,7 +237,7 @@ def _label_note(setting_name: str, runs: list[dict[str, Any]]) -> str:
     few = setting.labelled < setting.rows
     return "label losses averaged over labelled rows only" if few and left_out else ""
 
-
+# %% ../../nbs/records_ladder.ipynb #b511a30b
 def ladder_table(
     setting_name: str,  # a key of SETTINGS
     method: str = "annealing_kd",  # a key of METHODS or LADDERS
