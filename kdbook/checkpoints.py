@@ -15,12 +15,35 @@ import torch
 from .files import whole_file
 from .identity import digest
 
+# %% ../nbs/checkpoints.ipynb #35405335
+def _refuse_odd(value: Any, place: str) -> None:
+    "Raise `ValueError` for what could be written, but not read without unpickling."
+    if isinstance(value, dict):
+        for key, each in value.items():
+            _refuse_odd(key, f"a key of {place}")
+            _refuse_odd(each, f"{place}[{key!r}]")
+    elif isinstance(value, (list, tuple)):
+        for number, each in enumerate(value):
+            _refuse_odd(each, f"{place}[{number}]")
+    elif type(value) not in _PLAIN and not isinstance(value, torch.Tensor):
+        kind = f"{type(value).__module__}.{type(value).__qualname__}"
+        raise ValueError(
+            f"{place} is a {kind}: a checkpoint holds tensors, numbers, strings, and "
+            "lists and dictionaries of them"
+        )
+
+
+_PLAIN = (type(None), bool, int, float, complex, str, bytes)
+
 # %% ../nbs/checkpoints.ipynb #5b7ce96c
 def save_checkpoint(
     state: dict[str, Any],  # tensors, numbers, strings, lists and dictionaries of them
     path: Path,  # its folder is made
 ) -> None:
-    "Write `state` with its digest, whole or not at all."
+    """Write `state` with its digest, whole or not at all.
+
+    Raises `ValueError` naming what could not be read back."""
+    _refuse_odd(state, "state")
     state = {**state, "digest": digest(state)}
     with whole_file(path, alone=True) as temporary, open(temporary, "wb") as f:
         torch.save(state, f)

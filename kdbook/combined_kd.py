@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from .annealing_kd import AnnealingKD, annealing_loss, temperature_schedule
 from .checks import in_range, one_of
-from .losses import in_full, kl_divergence, label_loss, teacher_loss
+from .losses import in_full, kl_divergence, label_loss, reduce_loss, teacher_loss
 from kdbook.rows import (
     INPUTS,
     bare,
@@ -90,12 +90,13 @@ def gap(
     one_of(get_args(Gap), kind=kind)
     teacher_logits, student_logits = in_full(teacher_logits), in_full(student_logits)
     if kind == "mse":
-        return (teacher_logits - student_logits).pow(2).mean()
+        return reduce_loss((teacher_logits - student_logits).pow(2))
     log_p = F.log_softmax(teacher_logits, -1)
     log_q = F.log_softmax(student_logits, -1)
     if kind == "kl":
-        return kl_divergence(log_p, log_q).mean()
-    return -(log_p.exp() * log_q).sum(-1).mean()
+        return reduce_loss(kl_divergence(log_p, log_q))
+    log_q = torch.where(log_p > -torch.inf, log_q, 0.0)
+    return reduce_loss(-(log_p.exp() * log_q).sum(-1))
 
 # %% ../nbs/combined_kd.ipynb #0c134583
 class Rewriter:

@@ -40,7 +40,7 @@ def hinge_loss(
         )
     distance = annealing_loss(student_logits, teacher_logits, phi, "none")
     if hinge == "batch":
-        distance = distance.mean()
+        distance = reduce_loss(distance)
     # relu, not clamp: on the margin itself the gradient is 0
     return reduce_loss(F.relu(distance - margin * phi), reduction)
 
@@ -135,11 +135,11 @@ def mixed_loss(
         soft = hinge_loss(student_logits, teacher_logits, phi, margin, hinge)
         parts["teacher_loss"] = soft.detach()
         terms.append((1 - psi) * soft)
-    if psi > 0 and (labels != -100).any():
+    if not terms or (psi > 0 and (labels != -100).any()):
         hard = label_loss(student_logits, labels, per=per)
         parts["label_loss"] = hard.detach()
         terms.append(psi * hard)
-    return Loss(sum(terms) if terms else student_logits.sum() * 0, parts)
+    return Loss(sum(terms), parts)
 
 # %% ../nbs/continuation_kd.ipynb #ee8d8d20
 def stage_phi(

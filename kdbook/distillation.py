@@ -73,24 +73,38 @@ def _flat(values: Any) -> Tensor:
     return torch.cat(values) if isinstance(values, list) else values.contiguous()
 
 
+def _shard(columns: dict[str, Any], index: list[int]) -> dict[str, Tensor]:
+    "What a file of the cache holds: which rows, and what was written on them."
+    stored = {"rows": torch.tensor(index)}
+    for name, values in columns.items():
+        by_token = isinstance(values, list)
+        stored[f"{name}.tokens" if by_token else name] = _flat(values)
+    return stored
+
+
 def _joined(column: list[Tensor]) -> Tensor | list[Tensor]:
     "Rows as one tensor, where they are of one shape."
     same = len({row.shape for row in column}) == 1
     return torch.stack(column) if same else column
 
-
-def _read_shard(path: Path, lengths: list[int]) -> dict[str, Any] | None:
-    "The columns in `path`; None where there are none, or the file is damaged."
+# %% ../nbs/annotate.ipynb #8c3e5b41
+def _read_shard(
+    path: Path, index: list[int], lengths: list[int]
+) -> dict[str, Any] | None:
+    "The columns in `path`; None where they are damaged, or of other rows."
     try:
-        columns = load_tensors(path)
+        stored = load_tensors(path)
     except (OSError, Damaged):
         return None
-    for name, values in columns.items():
-        if len(values) == len(lengths):
-            continue
-        if name not in TOKENS or len(values) != sum(lengths):
+    if stored.pop("rows", torch.empty(0)).tolist() != index:
+        return None
+    columns = {}
+    for stored_name, values in stored.items():
+        name = stored_name.removesuffix(".tokens")
+        by_token = name != stored_name
+        if len(values) != (sum(lengths) if by_token else len(index)):
             return None
-        columns[name] = list(values.split(lengths))
+        columns[name] = list(values.split(lengths)) if by_token else values
     return columns if "teacher_logits" in columns else None
 
 # %% ../nbs/annotate.ipynb #2f016dea
@@ -123,13 +137,13 @@ def _cached_columns(
     for number, shard in enumerate(progress_bar(shards, progress, "annotate")):
         index = sum(shard, [])
         path = folder / f"{number:05d}.safetensors"
-        columns = _read_shard(path, [rows.lengths[i] for i in index])
+        columns = _read_shard(path, index, [rows.lengths[i] for i in index])
         if columns is None:
             computed = run_batches(model, rows, shard, written, per_token=TOKENS)
             columns = {name: _picked(v, index) for name, v in computed.items()}
             _refuse_not_finite(columns)
             with optional_write(path):
-                save_tensors({n: _flat(v) for n, v in columns.items()}, path)
+                save_tensors(_shard(columns, index), path)
         for name, values in columns.items():
             column = out.setdefault(name, [None] * len(rows))
             for place, row in zip(index, values):

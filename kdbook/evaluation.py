@@ -28,7 +28,7 @@ def labelled(
     """What can be scored.
 
     Raises `ValueError` for other shapes, for a single output, where nothing has a
-    label, and for a label that is no class."""
+    label, for a label that is no class and for a logit that is NaN."""
     if logits.shape[:-1] != labels.shape:
         raise ValueError(
             f"{len(logits)} rows of logits, but {len(labels)} labels: their shapes are "
@@ -43,10 +43,12 @@ def labelled(
     logits, labels = logits[known], labels[known]
     if not len(labels):
         raise ValueError("no row has a label: all are -100")
-    odd = labels[(labels < 0) | (labels >= logits.shape[-1])]
+    _refuse_nan(logits)
+    whole = labels == labels.long()
+    odd = labels[(labels < 0) | (labels >= logits.shape[-1]) | ~whole]
     if len(odd):
         raise ValueError(
-            f"label {int(odd[0])}, but there are {logits.shape[-1]} classes from 0; "
+            f"label {odd[0].item()}, but there are {logits.shape[-1]} classes from 0; "
             "-100 marks a row without a label"
         )
     return logits, labels.long()
@@ -59,6 +61,12 @@ def accuracy(
     "The share of labelled rows whose largest logit is at the label."
     logits, labels = labelled(logits, labels)
     return (logits.argmax(-1) == labels).float().mean().item()
+
+
+def _refuse_nan(logits: Tensor) -> None:
+    rows = logits.flatten(1).isnan().any(1).nonzero()
+    if len(rows):
+        raise ValueError(f"row {int(rows[0])} of the logits holds NaN: no answer")
 
 # %% ../nbs/evaluation.ipynb #34bdad6d
 def nll(
@@ -74,7 +82,10 @@ def agreement(
     logits: Tensor,  # (rows, num_labels)
     others: Tensor,  # (rows, num_labels)
 ) -> float:  # share of rows in [0, 1]
-    "How often two models answer the same, right or wrong."
+    """How often two models answer the same, right or wrong.
+
+    Raises `ValueError` for a logit that is NaN."""
+    _refuse_nan(logits), _refuse_nan(others)
     return (logits.argmax(-1) == others.argmax(-1)).float().mean().item()
 
 # %% ../nbs/evaluation.ipynb #e4ad6f33

@@ -6,11 +6,14 @@
 __all__ = ['tensor_digest', 'identity', 'digest', 'fingerprint']
 
 # %% ../nbs/identity.ipynb #00c7c60a
+import copyreg
 import dis
 import hashlib
 import json
+import sys
+import sysconfig
 from enum import Enum
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from types import BuiltinFunctionType, CodeType, FunctionType, MethodType, ModuleType
 from typing import Any, NamedTuple
@@ -35,51 +38,90 @@ class _Walk(NamedTuple):
     "What is being looked at, from the outside in, and what stands for riddles."
 
     key: str = ""
+    in_use: bool = False  # a callback: what it collects is not what it is
     seen: tuple = ()
+    found: dict = {}  # by id: the thing, which so stays alive, and its digest
 
     def met(self, thing: Any) -> bool:
         return any(thing is each for each in self.seen)
 
     def into(self, thing: Any) -> "_Walk":
-        return _Walk(self.key, (*self.seen, thing))
+        return self._replace(seen=(*self.seen, thing))
+
+
+def _hashed(plain: Any) -> str:
+    text = json.dumps(plain, sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:32]
 
 
 def _code(code: CodeType, doc: str | None = None) -> list[Any]:
     "What a piece of compiled code does, without its line numbers and docstring."
-    inner = [_code(c) if isinstance(c, CodeType) else repr(c) for c in code.co_consts]
+    inner = [_constant(c) for c in code.co_consts]
     if doc is not None and code.co_consts[:1] == (doc,):
         inner[0] = "doc"
     return [code.co_code.hex(), inner, list(code.co_names), list(code.co_varnames)]
 
+# %% ../nbs/identity.ipynb #5e4c0f47
+def _constant(value: Any) -> Any:
+    "A constant of compiled code; sets in an order that no process shuffles."
+    if isinstance(value, CodeType):
+        return _code(value)
+    if isinstance(value, tuple):
+        return [_constant(each) for each in value]
+    return sorted(map(repr, value)) if isinstance(value, frozenset) else repr(value)
+
 
 def _names_in(code: CodeType) -> set[str]:
-    "The global names that a piece of code may read."
+    "The global names that a piece of code reads."
+    reads = (s for s in dis.get_instructions(code) if s.opname in _READS)
     inner = (c for c in code.co_consts if isinstance(c, CodeType))
-    return set(code.co_names).union(*map(_names_in, inner))
+    return {s.argval for s in reads}.union(*map(_names_in, inner))
 
 
-_PACKAGES = ("torch", "transformers", "numpy", "builtins", "datasets", "accelerate")
+_READS = ("LOAD_GLOBAL", "LOAD_NAME")
+
+# %% ../nbs/identity.ipynb #e4f82942
+_PLACES = tuple({sysconfig.get_path(name) for name in ("purelib", "platlib")})
+
+
+@cache
+def _is_installed_package(package: str) -> bool:
+    "Whether a package does not change while one works; this one counts as one's own."
+    if package in ("__main__", __name__.split(".")[0]):
+        return False
+    if package in sys.stdlib_module_names:
+        return True
+    module = sys.modules.get(package)
+    files = [getattr(module, "__file__", None), *getattr(module, "__path__", [])]
+    return any(str(file).startswith(_PLACES) for file in files if file)
 
 
 def _is_installed(thing: Any) -> bool:
-    "Whether its code comes from a package that does not change while one works."
-    return (getattr(thing, "__module__", None) or "").split(".")[0] in _PACKAGES
+    "Whether its code comes from an installed package."
+    return _is_installed_package((getattr(thing, "__module__", "") or "").split(".")[0])
+
+
+def _of_package(module: ModuleType) -> str:
+    "A module: its name, and what is in its file if that is one of the reader's."
+    file = getattr(module, "__file__", None)
+    if not file or _is_installed_package(module.__name__.split(".")[0]):
+        return module.__name__
+    return f"{module.__name__} {hashlib.sha256(Path(file).read_bytes()).hexdigest()}"
 
 # %% ../nbs/identity.ipynb #3da8c9ff
 def _function(f: FunctionType, walk: _Walk) -> Any:
-    "A function of the reader's: code, defaults, closure, and what it uses nearby."
+    "A function of the reader's: code, defaults, closure, and the globals it reads."
     name = f"{f.__module__}.{f.__qualname__}"
-    if walk.met(f):
+    if _is_installed(f) or walk.met(f):
         return name
     walk = walk.into(f)
-    cells = [c.cell_contents for c in f.__closure__ or () if _filled(c)]
     near = {}
     for used in sorted(_names_in(f.__code__)):
         value = f.__globals__.get(used)
-        plain = isinstance(value, (bool, int, float, str))
-        at_home = getattr(value, "__module__", None) == f.__module__
-        if plain or (at_home and isinstance(value, (FunctionType, type))):
-            near[used] = _known(value, used, walk)
+        if used in f.__globals__ and not (walk.in_use and _collects(value)):
+            near[used] = _or_class(value, used, walk)
+    cells = [c.cell_contents for c in f.__closure__ or () if _filled(c)]
+    cells = [c for c in cells if not (walk.in_use and _collects(c))]
     inside = [_known(value, "closure", walk) for value in cells]
     defaults = [f.__defaults__, f.__kwdefaults__]
     return {
@@ -89,6 +131,19 @@ def _function(f: FunctionType, walk: _Walk) -> Any:
     }
 
 
+def _collects(value: Any) -> bool:
+    "What a callback writes into while it runs."
+    return isinstance(value, (list, dict, set))
+
+
+def _or_class(value: Any, name: str, walk: _Walk) -> Any:
+    "As `_known`; the class of what cannot be told apart."
+    try:
+        return _known(value, name, walk)
+    except ValueError:
+        return _class(type(value), walk)
+
+# %% ../nbs/identity.ipynb #cf61177a
 def _filled(cell: Any) -> bool:
     "Whether a closure's cell holds anything yet."
     try:
@@ -108,9 +163,9 @@ def _class(kind: type, walk: _Walk) -> Any:
     name = f"{kind.__module__}.{kind.__qualname__}"
     if _is_installed(kind) or walk.met(kind):
         return name
-    if kind not in _defined:
-        _defined[kind] = _class_values(kind)
     walk, own = walk.into(kind), {}
+    if kind not in _defined:
+        _defined[kind] = _class_values(kind, walk)
     for key, value in sorted(vars(kind).items()):
         value = getattr(value, "__func__", value)  # static and class methods
         if isinstance(value, property):
@@ -121,15 +176,23 @@ def _class(kind: type, walk: _Walk) -> Any:
     return {"class": name, "own": own, "values": _defined[kind], "bases": bases}
 
 
-def _class_values(kind: type) -> dict[str, Any]:
-    "Numbers, strings and lists of them in a class and in the reader's bases of it."
+def _class_values(kind: type, walk: _Walk) -> dict[str, Any]:
+    "What is no code in a class and in the reader's bases of it."
     values = {}
     for each in reversed(kind.__mro__[:-1]):
         if not _is_installed(each):
-            values |= {k: v for k, v in vars(each).items() if _is_plain(v)}
-    return {k: repr(v) for k, v in sorted(values.items()) if not k.startswith("__")}
+            values |= vars(each)
+    return {
+        key: _or_class(value, key, walk)
+        for key, value in sorted(values.items())
+        if not key.startswith(("__", "_abc")) and not _is_code(value)
+    }
 
 
+def _is_code(value: Any) -> bool:
+    return isinstance(value, type) or hasattr(value, "__get__")
+
+# %% ../nbs/identity.ipynb #88680771
 _IN_USE = ("forward", "__call__", "before_stage", "after_step", "after_epoch")
 _IN_USE += ("after_validation", "after_stage")
 
@@ -146,41 +209,52 @@ def _written(kind: type) -> set[str]:
     return names
 
 
-def _is_plain(value: Any) -> bool:
-    if isinstance(value, (tuple, list)):
-        return all(map(_is_plain, value))
-    return value is None or isinstance(value, (bool, int, float, str))
+def _is_state(key: str, value: Any, written: set[str]) -> bool:
+    "Whether an attribute of a model is a counter, or what it computed last."
+    counter = isinstance(value, int) and not isinstance(value, bool)
+    return key in written and (counter or value is None or isinstance(value, Tensor))
 
 # %% ../nbs/identity.ipynb #892281fa
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks")
 _OF_MODULES = {*nn.Module().__dict__, "tokenizer", "config", "generation_config"}
 # Hugging Face's notes on how a model was loaded
 _OF_LOADING = {"name_or_path", "warnings_issued", "all_tied_weights_keys"}
 
 
-def _module(model: nn.Module, walk: _Walk) -> Any:
-    "A model: code and attributes of every part, weights, buffers, configuration."
-    kinds = {type(part) for part in model.modules()}
-    parts = {}
-    for name, part in model.named_modules():
-        state = _written(type(part))
+def _module(model: nn.Module, name: str, walk: _Walk) -> Any:
+    "A model: its parts' code, attributes and hooks, weights, buffers, configuration."
+    walk = walk.into(model)
+    kinds = list(dict.fromkeys(type(part) for part in model.modules()))
+    parts = []
+    for place, part in model.named_modules():
+        written, place = _written(type(part)), f"{name}.{place}".rstrip(".")
         own = {
-            key: _known(value, f"{name}.{key}".lstrip("."), walk)
+            key: _known(value, f"{place}.{key}", walk)
             for key, value in sorted(part.__dict__.items())
-            if key not in _OF_MODULES | _OF_LOADING | state
+            if key not in _OF_MODULES | _OF_LOADING
+            and not _is_state(key, value, written)
             and not (_is_installed(type(part)) and key.startswith("_"))
         }
-        values = {} if _is_installed(type(part)) else _class_values(type(part))
-        parts[name] = [type(part).__qualname__, own, values]
-    tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
-    config = getattr(model, "config", None)
+        hooks = [list(part.__dict__.get(kind, {}).values()) for kind in _HOOKS]
+        hooks = _known(hooks, f"{place}._forward_hooks", walk)
+        values = {} if _is_installed(type(part)) else _class_values(type(part), walk)
+        parts.append([place, kinds.index(type(part)), own, hooks, values])
     return {
-        "kinds": [_class(k, walk) for k in sorted(kinds, key=lambda k: k.__qualname__)],
+        "kinds": [_class(kind, walk) for kind in kinds],
         "parts": parts,
-        "tensors": {name: tensor_digest(t) for name, t in sorted(tensors.items())},
-        "config": _config(config),
+        "tensors": _tensors(model, name, walk),
+        "config": _config(getattr(model, "config", None)),
+        "script": str(model.code) if isinstance(model, torch.jit.ScriptModule) else "",
     }
 
 
+def _tensors(model: nn.Module, name: str, walk: _Walk) -> dict[str, Any]:
+    "Weights, buffers, and what else it would save, such as packed integers."
+    own = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    state = {**model.state_dict(), **own}
+    return {k: _known(v, f"{name}.{k}", walk) for k, v in sorted(state.items())}
+
+# %% ../nbs/identity.ipynb #7888daaf
 def _config(config: Any) -> list[str]:
     "A Hugging Face configuration, and how it computes attention."
     if not hasattr(config, "to_json_string"):
@@ -190,97 +264,158 @@ def _config(config: Any) -> list[str]:
 # %% ../nbs/identity.ipynb #297d120e
 def _known(thing: Any, name: str, walk: _Walk) -> Any:
     "Plain values for `thing`; `name` is where it was found."
-    if thing is None or isinstance(thing, (bool, int, str)):
+    if thing is None or isinstance(thing, (bool, str)) or type(thing) is int:
         return thing
     if isinstance(thing, (float, complex, bytes, range, slice, type(...))):
         return repr(thing)
-    if isinstance(thing, (list, tuple)):
-        return [_known(each, f"{name}[{i}]", walk) for i, each in enumerate(thing)]
-    if isinstance(thing, dict):
-        pairs = [(str(k), _known(v, f"{name}[{k!r}]", walk)) for k, v in thing.items()]
-        return {"dict": sorted(pairs, key=lambda pair: pair[0])}
-    if isinstance(thing, (set, frozenset)):
-        return {"set": sorted(map(str, thing))}
     if isinstance(thing, Tensor):
-        return tensor_digest(thing)
-    if isinstance(thing, (np.ndarray, np.generic)):
-        return tensor_digest(torch.from_numpy(np.ascontiguousarray(thing)))
+        return _tensor(thing, name)
+    if isinstance(thing, (np.ndarray, np.generic)) and thing.dtype != object:
+        return _tensor(torch.from_numpy(np.array(thing)), name)
+    if isinstance(thing, (list, tuple, dict, set, frozenset)):
+        return type(thing).__name__ if walk.met(thing) else _several(thing, name, walk)
+    if walk.met(thing):
+        return type(thing).__qualname__
+    if id(thing) not in walk.found:
+        parts = _parts(thing, name, walk)
+        walk.found[id(thing)] = (
+            thing,
+            parts if isinstance(parts, str) else _hashed(parts),
+        )
+    return walk.found[id(thing)][1]
+
+# %% ../nbs/identity.ipynb #f9dc086a
+def _several(things: Any, name: str, walk: _Walk) -> Any:
+    "What a list, a dictionary or a set holds; the order of a dictionary counts."
+    walk = walk.into(things)
+    if isinstance(things, dict):
+        pairs = [
+            [_known(k, name, walk), _known(v, f"{name}[{k!r}]", walk)]
+            for k, v in things.items()
+        ]
+        return {"dict": pairs}
+    if isinstance(things, (set, frozenset)):
+        return {"set": sorted(_hashed(_known(each, name, walk)) for each in things)}
+    return [_known(each, f"{name}[{i}]", walk) for i, each in enumerate(things)]
+
+
+def _tensor(values: Tensor, name: str) -> str:
+    if values.is_quantized:
+        return f"{values.qscheme()} {tensor_digest(values.dequantize())}"
+    if values.layout is not torch.strided or values.is_meta:
+        where = "without values" if values.is_meta else values.layout
+        raise ValueError(f"{name} is a tensor {where}, which has no digest: pass key=")
+    return tensor_digest(values)
+
+# %% ../nbs/identity.ipynb #594a3b2d
+def _parts(thing: Any, name: str, walk: _Walk) -> Any:
+    "Models, functions, classes, and other objects."
     if isinstance(thing, nn.Module):
-        return _module(thing, walk)
+        return _module(thing, name, walk)
     if isinstance(thing, partial):
         parts = [thing.func, list(thing.args), thing.keywords]
         return {"partial": [_known(part, name, walk) for part in parts]}
-    return _of_code(thing, name, walk)
-
-# %% ../nbs/identity.ipynb #594a3b2d
-def _of_code(thing: Any, name: str, walk: _Walk) -> Any:
-    "Functions, classes, and other objects."
     if isinstance(thing, MethodType):
+        walk = walk.into(thing)
         return [_function(thing.__func__, walk), _known(thing.__self__, name, walk)]
     if isinstance(thing, FunctionType):
-        here = f"{thing.__module__}.{thing.__qualname__}"
-        return here if _is_installed(thing) else _function(thing, walk)
+        return _function(thing, walk)
     if isinstance(thing, type):
         return _class(thing, walk)
-    named = (BuiltinFunctionType, ModuleType)
-    if isinstance(thing, named) or type(thing).__name__ == "method_descriptor":
+    if isinstance(thing, ModuleType):
+        return _of_package(thing)
+    named = isinstance(thing, BuiltinFunctionType)
+    if named or type(thing).__name__ == "method_descriptor":
         return f"{getattr(thing, '__module__', '')}.{thing.__name__}"
-    if isinstance(thing, (torch.dtype, torch.device, Path, Enum)):
+    if isinstance(thing, Enum):
+        value = _or_class(thing.value, name, walk.into(thing))
+        return [_class(type(thing), walk.into(thing)), thing.name, value]
+    if isinstance(thing, (torch.dtype, torch.device, Path)):
         return f"{type(thing).__qualname__} {thing}"
     return _object(thing, name, walk)
 
 # %% ../nbs/identity.ipynb #f8bb82a8
 def _object(thing: Any, name: str, walk: _Walk) -> Any:
-    "Anything else: its class, its own word, its public attributes."
-    if walk.met(thing):
-        return type(thing).__qualname__
+    "Anything else: its class, its own word, its attributes."
     walk = walk.into(thing)
     found = {"class": _class(type(thing), walk)}
-    if hasattr(thing, "get_vocab"):  # a tokenizer: rows are known by their tokens
-        vocabulary = json.dumps(thing.get_vocab(), sort_keys=True)
-        return found | {"words": hashlib.sha256(vocabulary.encode()).hexdigest()}
-    if hasattr(thing, "column_names") and hasattr(thing, "select"):  # a data set
-        columns = {key: thing[key][:] for key in thing.column_names}
-        return found | {"rows": hashlib.sha256(repr(columns).encode()).hexdigest()}
+    if hasattr(thing, "get_vocab"):
+        return found | {"tokens": _tokenizer(thing)}
+    if hasattr(thing, "column_names") and hasattr(thing, "with_format"):  # a data set
+        rows = thing.with_format(None)[:]
+        return found | {"rows": hashlib.sha256(repr(rows).encode()).hexdigest()}
     attributes = _attributes(thing)
     if attributes is None:
-        if walk.key:
-            return found | {"key": walk.key}
-        raise ValueError(
-            f"{name} is a {type(thing).__qualname__}, and two of these cannot be told "
-            "apart: keep it in an attribute whose name begins with _, say what it is "
-            "in a method settings(), or pass key="
-        )
-    says = thing.settings() if hasattr(thing, "settings") else {}
-    public = _unsaid(thing, attributes, says)
-    for key, value in {**says, **public}.items():
-        found[key] = _known(value, f"{name}.{key}", walk)
+        return found | {"made": _made(thing, name, walk)}
+    for key, value in _own(thing, attributes).items():
+        if walk.in_use and _collects(value):
+            continue
+        quiet = key[0] == "_"  # of a helper: what it hides may be a lock
+        known = _or_class if quiet else _known
+        found[key] = known(value, f"{name}.{key}", walk)
     return found
+
+# %% ../nbs/identity.ipynb #060a7e23
+def _made(thing: Any, name: str, walk: _Walk) -> Any:
+    "How a thing without attributes would be made again."
+    try:
+        if hasattr(thing, "__next__"):  # reading it changes it
+            raise TypeError
+        how = copyreg.dispatch_table.get(type(thing), lambda x: x.__reduce_ex__(2))
+        return _known(list(how(thing)), name, walk)
+    except TypeError:
+        if walk.key:
+            return {"key": walk.key}
+    raise ValueError(
+        f"{name} is a {type(thing).__qualname__}, and two of these cannot be told "
+        "apart: keep it in an attribute whose name begins with _, say what it is "
+        "in a method settings(), or pass key="
+    )
+
+
+def _tokenizer(tokenizer: Any) -> str:
+    "Its words, the rules that cut a text, and the side on which it pads."
+    rules, backend = {}, getattr(tokenizer, "backend_tokenizer", None)
+    if backend is not None:
+        rules = json.loads(backend.to_str())
+        rules.pop("truncation"), rules.pop("padding")  # of the last call
+    sides = [
+        str(getattr(tokenizer, f"{s}_side", "")) for s in ("padding", "truncation")
+    ]
+    return _hashed([tokenizer.get_vocab(), rules, sides])
 
 # %% ../nbs/identity.ipynb #1f5278a3
 def _attributes(thing: Any) -> dict[str, Any] | None:
     "Its attributes; None for what has none that could be seen."
-    slots = [s for s in getattr(type(thing), "__slots__", ()) if hasattr(thing, s)]
-    if not hasattr(thing, "__dict__") and not slots:
+    slots = [vars(kind).get("__slots__", ()) for kind in type(thing).__mro__]
+    slots = [s for each in slots for s in ([each] if isinstance(each, str) else each)]
+    held = {s: getattr(thing, s) for s in slots if hasattr(thing, s)}
+    held = {s: value for s, value in held.items() if s not in _OF_SLOTS}
+    if not hasattr(thing, "__dict__") and not held:
         return None
-    return {s: getattr(thing, s) for s in slots} | getattr(thing, "__dict__", {})
+    return held | getattr(thing, "__dict__", {})
 
 
-def _unsaid(thing: Any, attributes: dict, says: dict) -> dict[str, Any]:
-    "Public attributes that `settings()` leaves open, without what changes in a run."
+_OF_SLOTS = ("__dict__", "__weakref__")
+
+
+def _own(thing: Any, attributes: dict) -> dict[str, Any]:
+    "What `settings()` says, and attributes it leaves open, without a run's state."
+    says = thing.settings() if hasattr(thing, "settings") else {}
+    speaks = any(hasattr(thing, n) for n in ("settings", "state_dict", *_IN_USE[2:]))
     saved = {*(thing.state_dict() if hasattr(thing, "state_dict") else ())}
     saved |= _written(type(thing))
     left = {
         key: value
         for key, value in sorted(attributes.items())
-        if key[0] != "_" and key not in saved and key not in says
+        if not (key[0] == "_" and speaks) and key not in saved and key not in says
     }
     inherited = "settings" not in vars(type(thing)) and not hasattr(thing, "state_dict")
-    if inherited or not hasattr(thing, "settings"):
-        return left
-    return {key: value for key, value in left.items() if _holds_tensors(value)}
+    if not inherited and hasattr(thing, "settings"):
+        left = {key: value for key, value in left.items() if _holds_tensors(value)}
+    return {**says, **left}
 
-
+# %% ../nbs/identity.ipynb #9630b2c9
 def _holds_tensors(value: Any) -> bool:
     "A model, a tensor, or several: what `settings()` cannot print."
     if isinstance(value, (list, tuple, dict)):
@@ -293,12 +428,13 @@ def identity(
     thing: Any,  # a model, an objective, a callback, a function, plain values
     name: str = "it",  # what an error calls it
     key: str = "",  # stands for what cannot be told apart; empty: that is refused
+    in_use: bool = False,  # whether its lists only collect, as a callback's do
 ) -> Any:  # strings, whole numbers, lists and dictionaries
     """What `thing` is: its code, its weights and its attributes, as plain values.
 
     Raises `ValueError` for what cannot be told from another of its kind, with its
     place."""
-    return _known(thing, name, _Walk(key))
+    return _known(thing, name, _Walk(key, in_use, found={}))
 
 
 def digest(
@@ -306,8 +442,7 @@ def digest(
     key: str = "",  # as in `identity`
 ) -> str:  # 32 hexadecimal digits
     "One key for all of them."
-    plain = json.dumps([identity(each, key=key) for each in things], sort_keys=True)
-    return hashlib.sha256(plain.encode()).hexdigest()[:32]
+    return _hashed([identity(each, key=key) for each in things])
 
 # %% ../nbs/identity.ipynb #a7b0e53f
 def fingerprint(
@@ -319,7 +454,8 @@ def fingerprint(
     """A key that changes whenever the teacher, the rows or the batches do.
 
     Raises `ValueError` as `identity` does."""
-    h = hashlib.sha256(f"{digest(model, key=key)} {batch_size}".encode())
+    known = _hashed(identity(model, "the model", key))
+    h = hashlib.sha256(f"{known} {batch_size}".encode())
     for name, value in sorted({**rows.ragged, **rows.dense}.items()):
         if isinstance(value, list):
             lengths = torch.tensor([len(v) for v in value])

@@ -126,7 +126,8 @@ def label_loss(
     one_of(("row", "labelled"), per=per)
     logits, known = in_full(logits), labels != -100
     if not known.any():
-        return reduce_loss(logits.sum(-1) * 0, reduction)
+        # with a gradient of zero, also where a logit is infinite
+        return reduce_loss((logits.nan_to_num(0, 0, 0) * 0).sum(-1), reduction)
     row_means = reduction == "mean" and per == "row" and labels.ndim > 1
     if logits.shape[-1] > 1:
         inner = "none" if row_means else reduction

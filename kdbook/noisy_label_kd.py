@@ -327,7 +327,7 @@ def gated_loss(
             "one entry per row"
         )
     soft = soft_target_loss(student_logits, teacher_logits, temperature)
-    hard = (label_loss(student_logits, labels, "none") * gate).mean()
+    hard = reduce_loss(label_loss(student_logits, labels, "none") * gate)
     return alpha * soft + (1 - alpha) * hard
 
 # %% ../nbs/noisy_label_kd.ipynb #2359fe72

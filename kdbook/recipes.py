@@ -8,7 +8,7 @@ __all__ = ['Schedule', 'Progress', 'ends', 'along', 'Loss', 'Objective', 'CrossE
            'logit_mse_recipe', 'Run', 'Callback']
 
 # %% ../nbs/recipes.ipynb #d235458b
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from functools import partial
 from typing import Any, Callable, Literal, Protocol
 
@@ -232,6 +232,10 @@ class Stage:
         in_range("[0, inf)", where, weight_decay=self.weight_decay, clip=self.clip)
         if not callable(self.schedule):
             one_of(("linear", "constant"), where, schedule=self.schedule)
+        for each in fields(self):  # numbers of NumPy become Python's
+            value = getattr(self, each.name)
+            if hasattr(value, "item"):
+                object.__setattr__(self, each.name, value.item())
 
     def settings(self) -> dict[str, Any]:
         "Everything that decides what the stage does, by name."

@@ -17,7 +17,7 @@ from torch.func import functional_call, jvp
 
 from .checks import in_range, one_of
 from .files import mix_seed
-from .losses import label_loss, teacher_loss
+from .losses import in_full, label_loss, reduce_loss, teacher_loss
 from .recipes import along, ends
 from kdbook.rows import (
     INPUTS,
@@ -60,7 +60,7 @@ def weights_of(
         raise ValueError(
             f"alignment must be (batch, 2), label first, got {tuple(alignment.shape)}"
         )
-    kept = alignment.detach().clamp(min=floor)
+    kept = in_full(alignment.detach()).clamp(min=floor)
     weights = kept[:, 1] / kept.sum(1)
     return weights if labels is None else weights.masked_fill(labels == -100, 1.0)
 
@@ -78,7 +78,7 @@ def weighted_loss(
             f"got {tuple(weights.shape)}"
         )
     weights = weights.detach()
-    return ((1 - weights) * losses[:, 0] + weights * losses[:, 1]).mean()
+    return reduce_loss((1 - weights) * losses[:, 0] + weights * losses[:, 1])
 
 # %% ../nbs/reweighted_kd.ipynb #009fd8a2
 def _losses_at(
@@ -320,7 +320,8 @@ def _keys(dataset: "datasets.Dataset", *extra: str) -> list[str]:
     text = [name for name in ("text", "text_pair") if name in present]
     columns = text or [name for name in INPUTS if name in present]
     columns += [name for name in extra if name in present]
-    return [repr(row) for row in zip(*(dataset[name][:] for name in columns))]
+    plain = dataset.with_format(None)
+    return [repr(row) for row in zip(*(plain[name][:] for name in columns))]
 
 # %% ../nbs/reweighted_kd.ipynb #72b3e457
 def check_meta(

@@ -66,7 +66,10 @@ def lr_factor(
     if schedule == "constant":
         return 1.0
     if callable(schedule):
-        return schedule(Progress(step * epochs // max(1, steps), epochs, step, steps))
+        step = min(step, steps - 1)  # the rate after the last update is asked for, too
+        factor = schedule(Progress(step * epochs // steps, epochs, step, steps))
+        in_range("[0, inf)", f"after {step} updates, ", schedule=factor)
+        return float(factor)
     return max(0.0, (steps - step) / max(1, steps - rising))
 
 # %% ../nbs/training.ipynb #a998bc53
@@ -123,7 +126,13 @@ def _check_stage(stage: Stage, train: Any, validation: Any) -> None:
     "Raise `ValueError` naming the first thing that cannot work in this stage."
     name = stage_name(stage)
     made_by = {**_MADE_BY, **getattr(stage.objective, "made_by", {})}
-    for column in getattr(stage.objective, "requires", ()):
+    requires = getattr(stage.objective, "requires", ())
+    if isinstance(requires, str):
+        raise ValueError(
+            f"stage {name!r}: requires is a tuple of columns, ({requires!r},), not a "
+            "string"
+        )
+    for column in requires:
         if column not in train.column_names:
             call = made_by.get(column, "the chapter of that method")
             raise ValueError(
@@ -142,10 +151,10 @@ def _check_stage(stage: Stage, train: Any, validation: Any) -> None:
     if hasattr(stage.objective, "check"):
         stage.objective.check(stage, train, validation)
 
-
+# %% ../nbs/training.ipynb #3a16644c
 def _per_token(train: Any) -> bool:
     "Whether rows have a label, or logits, for every token."
-    first = train[0]
+    first = train.with_format(None)[0]
     depth = lambda x: 1 + depth(x[0]) if isinstance(x, (list, tuple)) and x else 0
     axes = {"label": 1, "teacher_logits": 2}
     if "input_ids" not in first and "text" not in first:
@@ -173,6 +182,12 @@ def check_labels(
                 continue
             if outputs == 1 and math.isfinite(each):
                 continue
+            if outputs > 1 and isinstance(each, float):
+                raise ValueError(
+                    f"{where} is no whole number, but the model has {outputs} classes: "
+                    "dataset.cast_column('label', datasets.Value('int64')), or a model "
+                    "with a single output"
+                )
             if outputs == 1 or not 0 <= each < outputs or each != int(each):
                 hint = "count from 0" if each == outputs else "give other labels"
                 raise ValueError(
@@ -221,7 +236,7 @@ def _run_stage(loop: "_Loop", stage: Stage) -> None:
     "Train one stage from where it stands, and end on its best weights."
     for epoch in _epochs_left(loop, stage):
         for pieces, progress in _batches(loop, stage, epoch):
-            for piece, share in pieces:  # one piece, unless memory is short
+            for piece, share in pieces:  # one, or `micro_batches`
                 loss = stage.objective(loop.model, piece, progress)
                 loop.accelerator.backward(loss.total * share)
                 _note(loop, loss, share)
@@ -233,7 +248,7 @@ def _run_stage(loop: "_Loop", stage: Stage) -> None:
             _after_step(loop, progress)
         row = _after_epoch(loop, stage, epoch)
         if _is_due(loop, stage, epoch):
-            with _offered_weights(loop) as replaced:  # by an averaging callback
+            with _offered_weights(loop) as replaced:  # True: by a callback's mean
                 row["val_score"] = _validate(loop)
                 if _is_best(loop.run, row, replaced):
                     _keep(loop, row, replaced)
@@ -255,7 +270,7 @@ class _Loop:
     checkpoint: Path | None  # the file
     shows_progress: bool
     watchers: list[Any]  # callbacks, and objectives that have a state
-    key: str = ""
+    key: dict[str, str] = field(default_factory=dict)
     best_weights: dict[str, Tensor] | None = None
     model: Any = None
     # of the stage that is being run
@@ -269,7 +284,7 @@ class _Loop:
     # of the epoch that is being run
     lr: float = 0.0
     sums: dict[str, Any] = field(default_factory=dict)
-    updates: int = 0
+    counts: dict[str, int] = field(default_factory=dict)
 
     def bare(self) -> nn.Module:
         return self.accelerator.unwrap_model(self.model)
@@ -327,7 +342,7 @@ def _begin_stage(
 
 # %% ../nbs/training.ipynb #5951d815
 def _own_part(loop: _Loop, rows: list[int]) -> tuple[dict[str, Tensor], float]:
-    "This process's rows, and what makes the mean over processes the mean over rows."
+    "This process's rows, and the factor that corrects for unequal parts."
     processes = loop.accelerator.num_processes
     part = rows[loop.accelerator.process_index :: processes]
     return loop.rows.batch(part or rows[:1]), processes * len(part) / len(rows)
@@ -357,7 +372,7 @@ def _batches(
     loop.sampler.set_epoch(epoch)
     loop.model.train()
     loop.lr = loop.optimizer.param_groups[0]["lr"]
-    loop.sums, loop.updates = {}, 0
+    loop.sums, loop.counts = {}, {}
     per_epoch = len(loop.loader)
     for i, (batch, weight) in enumerate(loop.loader):
         step = epoch * per_epoch + i
@@ -381,8 +396,16 @@ def _pieces(
     return [(piece, weight * n / sum(sizes)) for piece, n in zip(pieces, sizes)]
 
 # %% ../nbs/training.ipynb #a47ec9da
+_OF_ROWS = {"stage", "name", "epoch", "lr", "loss", "val_score"}
+
+
 def _note(loop: _Loop, loss: Loss, share: float) -> None:
     "Add a piece's loss and parts to those of the update."
+    if odd := _OF_ROWS & {*loss.parts}:
+        raise ValueError(
+            f"an objective's part cannot be named {min(odd)!r}, which is a column of "
+            "the history: give it another name"
+        )
     found = loop.run.parts
     for name, value in {"loss": loss.total, **loss.parts}.items():
         value = value.detach() if isinstance(value, Tensor) else value
@@ -391,16 +414,16 @@ def _note(loop: _Loop, loss: Loss, share: float) -> None:
 
 def _after_step(loop: _Loop, progress: Progress) -> None:
     "What follows on an update."
-    loop.updates += 1
     for name, value in loop.run.parts.items():
         loop.sums[name] = loop.sums.get(name, 0.0) + value
+        loop.counts[name] = loop.counts.get(name, 0) + 1
     loop.run.loss = loop.run.parts.pop("loss")
     loop.progress = replace(progress, step=progress.step + 1)
     loop.tell("after_step", loop.progress)
     _stop_together(loop)
     loop.bar.update()
 
-
+# %% ../nbs/training.ipynb #31bdccfa
 def _stop_together(loop: _Loop) -> None:
     "Where one process stops, all do; or the others would wait for it."
     if loop.accelerator.num_processes > 1:
@@ -418,12 +441,19 @@ def _after_epoch(loop: _Loop, stage: Stage, epoch: int) -> dict[str, Any]:
             [float(v) for v in sums.values()], device=loop.accelerator.device
         )
         sums = dict(zip(sums, loop.accelerator.reduce(totals, "mean")))
-    means = {name: float(value) / loop.updates for name, value in sums.items()}
+    # of a part that is not always there, over the updates that have it
+    means = {name: float(v) / loop.counts[name] for name, v in sums.items()}
     if not math.isfinite(means["loss"]):
         raise FloatingPointError(
             f"stage {stage_name(stage)!r}, epoch {epoch + 1}: the loss became "
             f"{means['loss']} at lr {stage.lr}: lower lr"
         )
+    for name, weight in trained_parameters(loop.bare()).items():
+        if not weight.isfinite().all():
+            raise FloatingPointError(
+                f"stage {stage_name(stage)!r}, epoch {epoch + 1}: the weight {name} is "
+                f"no longer finite at lr {stage.lr}: lower lr"
+            )
     row = dict(stage=loop.run.stage, name=stage_name(stage), epoch=epoch + 1)
     loop.progress = replace(loop.progress, epoch=epoch + 1)
     loop.tell("after_epoch", loop.progress)
@@ -460,10 +490,15 @@ def _offered_weights(loop: _Loop) -> Iterator[bool]:
 def _validate(loop: _Loop) -> float | None:
     "The student's score on the validation rows; None where there are none."
     if loop.validation is None:
+        loop.best_weights = None  # the last weights count, or a mean of this epoch
         return None
     logits = logits_on_rows(loop.bare(), loop.validation)
     if isinstance(logits, list):  # of tokens, in rows of unequal length
         logits = torch.cat(logits)
+    if logits.isnan().any():
+        raise FloatingPointError(
+            "the student answers NaN on validation rows: lower lr, or look at its code"
+        )
     return float(loop.metric(logits, loop.validation.column("labels")))
 
 
@@ -471,13 +506,13 @@ def _is_best(run: Run, row: dict[str, Any], replaced: bool) -> bool:
     "Whether these weights are to be kept."
     if row["val_score"] is None:
         return replaced
-    # the first replacement is kept, however good what went before it was
+    # the first mean is kept, even if single weights before it scored higher
     first = run.best is None or (replaced and not run.best["replaced"])
     if first or math.isnan(run.best["score"]):  # anything beats what is no number
         return True
     return row["val_score"] > run.best["score"]
 
-
+# %% ../nbs/training.ipynb #3fca24ba
 def _keep(loop: _Loop, row: dict[str, Any], replaced: bool) -> None:
     "Remember the student's weights and where they come from."
     loop.best_weights = _weights(loop.bare())
@@ -552,12 +587,13 @@ def _restore(loop: _Loop) -> dict[str, Any] | None:
     if state is None:
         return None
     if state["key"] != loop.key:
+        names = dict.fromkeys([*state["key"], *loop.key])
+        others = [n for n in names if state["key"].get(n) != loop.key.get(n)]
         raise ValueError(
             f"{loop.checkpoint} belongs to another run (seed {state['seed']}, "
-            f"{state['recipe']}); this one is seed {loop.seed}, "
-            f"{describe(loop.run.recipe)}, or differs in its code, its data, its first "
-            "weights or a live teacher: give another checkpoint folder, or delete that "
-            "one"
+            f"{state['recipe']}); this one (seed {loop.seed}, "
+            f"{describe(loop.run.recipe)}) differs in {', '.join(others)}: give "
+            "another checkpoint folder, or delete that one"
         )
     here = {"threads": torch.get_num_threads(), "device": loop.accelerator.device.type}
     for name, now in here.items():
@@ -598,20 +634,29 @@ def _columns_read(recipe: Recipe) -> list[str]:
     return sorted(names)
 
 
-def _run_key(loop: _Loop, mixed_precision: str, key: str) -> str:
-    "What a checkpoint has to be a checkpoint of."
-    recipe, parts = loop.run.recipe, [loop.seed, loop.micro_batches, mixed_precision]
-    for stage in recipe.stages:
-        for name in ("objective", "optimizer", "schedule"):
-            parts.append(identity(getattr(stage, name), name, key))
-    for callback in recipe.callbacks:
+def _run_key(loop: _Loop, mixed_precision: str, key: str) -> dict[str, str]:
+    "What a checkpoint has to be a checkpoint of, by name."
+    recipe, student = loop.run.recipe, loop.bare()
+    rows = {"the training data": loop.rows, "the validation data": loop.validation}
+    parts = {
+        "the seed": loop.seed,
+        "micro_batches": loop.micro_batches,
+        "mixed_precision": mixed_precision,
+        "keep": recipe.keep,
+        "the student": identity(student, "the student", key),
+        "what of it is trained": [p.requires_grad for p in student.parameters()],
+        "the metric": identity(loop.metric, "metric", key) if loop.validation else 0,
+    }
+    for number, stage in enumerate(recipe.stages, 1):
+        for name in sorted(stage.settings()):
+            value = identity(getattr(stage, name), name, key)
+            parts[f"the {name} of stage {number}"] = value
+    for number, callback in enumerate(recipe.callbacks, 1):
         name = f"the callback {type(callback).__qualname__}"
-        parts.append(identity(callback, name, key))
-    parts += [describe(recipe), fingerprint(loop.bare(), loop.rows, 0, key)]
-    if loop.validation is not None:
-        parts.append(identity(loop.metric, "metric", key))
-        parts.append(fingerprint(nn.Identity(), loop.validation, 0))
-    return digest(parts, key)
+        parts[f"callback {number}"] = identity(callback, name, key, in_use=True)
+    for name, held in rows.items():
+        parts[name] = fingerprint(nn.Identity(), held, 0) if held else ""
+    return {name: digest(part) for name, part in parts.items()}
 
 # %% ../nbs/training.ipynb #31a5659a
 def _accelerator(mixed_precision: str) -> Any:
@@ -653,6 +698,12 @@ def _check_columns(student: nn.Module, train: Any, validation: Any, rows: Rows) 
         for data, what in ((train, "the training data"), (validation, "validation"))
         if data is not None and "label" in data.column_names
     ]
+    names = [getattr(data.features["label"], "names", None) for data, _ in with_label]
+    if len(names) == 2 and None not in names and names[0] != names[1]:
+        raise ValueError(
+            f"the classes are {names[0]} in the training data, but {names[1]} in "
+            "validation: dataset.cast_column('label', train.features['label'])"
+        )
     for data, what in with_label:
         outputs = logits_on_rows(student, rows.first(1))[0].shape[-1]
         check_labels(data.with_format(None)["label"][:], outputs, what)
@@ -688,10 +739,19 @@ def fit(
     that cannot run on `train`, and for a checkpoint of another run."""
     check_recipe(recipe, train, validation)
     in_range("1..", micro_batches=micro_batches)
+    in_range("0..", seed=seed)
     one_of(("no", "fp16", "bf16"), mixed_precision=mixed_precision)
     accelerator = _accelerator(mixed_precision)
+    if isinstance(inputs, str):
+        raise ValueError(f"inputs are several columns, in a tuple: ({inputs!r},)")
     student = _copy_of(student, tokenizer, max_length, inputs, train)
     rows = encoded_rows(train, student, _columns_read(recipe))
+    if missing := [
+        name for name in inputs if name not in {**rows.dense, **rows.ragged}
+    ]:
+        raise ValueError(
+            f"inputs name {missing}, but the rows have {sorted(train.column_names)}"
+        )
     held_out = None
     if validation is not None:
         held_out = encoded_rows(validation, student, ("label",))
@@ -702,8 +762,8 @@ def fit(
         rows=rows,
         validation=held_out,
         metric=metric,
-        seed=seed,
-        micro_batches=micro_batches,
+        seed=int(seed),
+        micro_batches=int(micro_batches),
         checkpoint=Path(checkpoint) / "last.pt" if checkpoint else None,
         shows_progress=progress,
         watchers=_watchers(recipe),
@@ -738,13 +798,15 @@ class EarlyStopping(Callback):
 
     def __init__(
         self,
-        patience: int = 3,  # >= 1, epochs
+        patience: int = 3,  # >= 1, validations
     ):
         in_range("1..", patience=patience)
         self.patience = patience
 
     def after_validation(self, run: Run, row: dict[str, Any]) -> None:
-        "Count the epochs since the best one, within this stage."
-        since_best = len(run.history) - 1 - run.best["row"]
-        if min(since_best, row["epoch"] - 1) >= self.patience:
+        "Count the validations since the best one of this stage."
+        rows = [r for r in run.history if r["stage"] == run.stage]
+        found = (r["val_score"] for r in rows if r["val_score"] is not None)
+        scores = [-math.inf if math.isnan(score) else score for score in found]
+        if len(scores) - 1 - scores.index(max(scores)) >= self.patience:
             run.stop("stage")

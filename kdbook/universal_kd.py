@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .checks import in_range, one_of
-from .losses import in_full, kl_divergence, label_loss
+from .losses import in_full, kl_divergence, label_loss, reduce_loss
 from .rows import Around, forward, logits_of, predict_logits, seeded
 from .training import CrossEntropy, Loss, Progress, Recipe, Stage, then_labels
 
@@ -269,11 +269,11 @@ def il_loss(
     one_of(("logits", "losses"), mix=mix)
     attention, target = attend(student_pseudo, teacher_pseudo, detach, centre)
     if mix == "logits":
-        return _match(student_pseudo, target).sum(1).mean()
+        return reduce_loss(_match(student_pseudo, target).sum(1))
     pairs = [layer.expand_as(student_pseudo) for layer in teacher_pseudo.split(1, 1)]
     # (batch, student layers, teacher layers)
     losses = torch.stack([_match(student_pseudo, layer) for layer in pairs], -1)
-    return (attention * losses).sum((1, 2)).mean()
+    return reduce_loss((attention * losses).sum((1, 2)))
 
 # %% ../nbs/universal_kd.ipynb #07ff519e
 def cg_loss(

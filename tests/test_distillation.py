@@ -194,9 +194,7 @@ def test_bad_input_is_named(call, words):
 class Counting(nn.Module):
     """A plain model that returns a tensor and counts its calls.
 
-    At the call `stops[0]` it ends, as Ctrl-C would."""
-
-    stops = {0: None}  # not the model's own: a cache would take it for another model
+    At the call of the environment's STOPS it ends, as Ctrl-C would."""
 
     def __init__(self, seed=0):
         super().__init__()
@@ -209,7 +207,8 @@ class Counting(nn.Module):
 
     def forward(self, input_ids, attention_mask):
         assert not torch.is_grad_enabled()
-        if self.calls == self.stops[0]:
+        # not an attribute: a cache would take it for another model
+        if str(self.calls) == os.environ.get("STOPS"):
             raise KeyboardInterrupt
         self.calls += 1
         mask = attention_mask[..., None].float()
@@ -291,7 +290,7 @@ def test_predict_logits_leaves_the_model_as_it_was(monkeypatch):
     torch.testing.assert_close(first, bare_loop(model, data))
     model.train()
     model.calls = 0
-    monkeypatch.setitem(Counting.stops, 0, 2)
+    monkeypatch.setenv("STOPS", "2")
     with pytest.raises(KeyboardInterrupt):
         predict_logits(model, data, 7, progress=False)
     assert model.training
@@ -379,11 +378,11 @@ def test_other_weights_rows_or_batches_are_another_entry(cache):
 
 def test_interrupted_annotate_goes_on_from_its_shards(cache, monkeypatch):
     model, data = Counting(), tokens()
-    monkeypatch.setitem(Counting.stops, 0, 37)  # two shards of 16 batches are written
+    monkeypatch.setenv("STOPS", "37")  # two shards of 16 batches are written
     with pytest.raises(KeyboardInterrupt):
         annotate(data, model, batch_size=2, progress=False)
     model.calls = 0
-    monkeypatch.setitem(Counting.stops, 0, None)
+    monkeypatch.delenv("STOPS")
     resumed = annotate(data, model, batch_size=2, progress=False)
     assert model.calls == 8
     whole = annotate(data, Counting(), batch_size=2, cache=False, progress=False)

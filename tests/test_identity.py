@@ -1,9 +1,12 @@
 """What is told apart, what is the same, and what is refused under which name."""
 
+import importlib
+import re
 import subprocess
 import sys
 import threading
-from functools import partial
+from enum import Enum
+from functools import cache, partial
 
 import numpy as np
 import pytest
@@ -82,6 +85,50 @@ class Slots:
         self.a = a
 
 
+class MoreSlots(Slots):
+    __slots__ = ()
+
+
+def layer(body):
+    class Layer(nn.Module):
+        forward = body
+
+    return Layer
+
+
+Up, Down = layer(lambda self, x: x + 1), layer(lambda self, x: x - 1)
+
+
+def hooked(hook):
+    model = Teacher()
+    model.register_forward_hook(hook)
+    return model
+
+
+def globally(value):
+    return eval("lambda x: x + offset", {"offset": value, "__name__": "__main__"})
+
+
+def traced(function):
+    return torch.jit.trace(Act(function), torch.zeros(2))
+
+
+class Act(nn.Module):
+    def __init__(self, function):
+        super().__init__()
+        self.function = function
+
+    def forward(self, x):
+        return self.function(x)
+
+
+def quantised(value):
+    model = nn.Sequential(nn.Linear(2, 2))
+    nn.init.constant_(model[0].weight, value)
+    nn.init.zeros_(model[0].bias)
+    return torch.ao.quantization.quantize_dynamic(model, {nn.Linear})
+
+
 OTHERS = {
     "weights": (with_weight(1.0), with_weight(2.0)),
     "the last bit": (
@@ -135,6 +182,20 @@ OTHERS = {
         Says(alpha=1, t=[Teacher(a=2)]),
     ),
     "slots": (Slots(1), Slots(2)),
+    "hook": (hooked(lambda *_: None), hooked(lambda *_: print(end=""))),
+    "order of a dictionary": ({"a": 1, "b": 2}, {"b": 2, "a": 1}),
+    "key of a dictionary": ({1: 0}, {"1": 0}),
+    "set": ({1}, {"1"}),
+    "private attribute of a helper": (Teacher(f=Plain(_a=1)), Teacher(f=Plain(_a=2))),
+    "global of a function": (globally(torch.zeros(2)), globally(torch.ones(2))),
+    "enum": (Enum("E", {"A": 1}).A, Enum("E", {"A": 2}).A),
+    "pattern": (re.compile("a"), re.compile("b")),
+    "cached function": (cache(lambda x: x), cache(lambda x: -x)),
+    "table of a class": (defined("t = {1: 2}"), defined("t = {1: 3}")),
+    "inherited slots": (MoreSlots(1), MoreSlots(2)),
+    "which part is which": (nn.Sequential(Up(), Down()), nn.Sequential(Down(), Up())),
+    "traced": (traced(torch.relu), traced(torch.tanh)),
+    "quantised": (quantised(1.0), quantised(2.0)),
     "nan": (float("nan"), float("inf")),
     "kind": (1, "1"),
     "class": (CrossEntropy(), LogitMSE()),
@@ -178,7 +239,6 @@ SAME = {
     "made again": lambda: Teacher(scale=1.0),
     "defined again": lambda: defined("def forward(self, x): return x", "nn.Module"),
     "lambda": lambda: lambda x: x + 1,
-    "order of a dictionary": lambda: {"a": 1},
 }
 
 
@@ -194,24 +254,61 @@ def test_use_does_not_make_it_another():
     before = digest(model)
     model.train()
     model(torch.zeros(1, 16)).sum().backward()
-    model.register_forward_hook(lambda *_: None)
     assert digest(model) == before
-    assert digest({"b": 2, "a": 1}) == digest({"a": 1, "b": 2})
 
 
 @pytest.mark.parametrize("hidden", [threading.Lock(), iter([1]), (i for i in "a")])
 def test_what_hides_is_refused_with_its_place(hidden):
     with pytest.raises(ValueError, match=r"it\.how\['x'\] is a .*key="):
         identity(Plain(how={"x": hidden}))
-    assert digest(Plain(_how=hidden)) == digest(Plain(_how=None))
+    assert digest(Says(alpha=1, _how=hidden)) == digest(Says(alpha=1, _how=None))
     known = [digest(Plain(how=hidden), key=key) for key in "aab"]
     assert known[0] == known[1] != known[2]
 
 
 def test_a_thing_that_holds_itself_comes_to_an_end():
-    ring = Plain(a=1)
+    ring, row, model = Plain(a=1), [1], Teacher()
     ring.itself = ring
-    assert digest(ring) == digest(ring)
+    row.append(row)
+    model.helper = Plain(method=model.forward, model=model)
+    for each in (ring, row, model):
+        assert digest(each) == digest(each)
+
+
+def test_what_is_used_often_is_read_once():
+    thing = Plain(a=1)
+    for _ in range(60):  # as a tree: 2 ** 60 things
+        thing = Plain(left=thing, right=thing)
+    assert digest(thing) == digest(thing)
+
+
+@pytest.mark.parametrize(
+    "values", [torch.zeros(2, 2).to_sparse(), torch.ones(1).to("meta")]
+)
+def test_a_tensor_without_plain_values_is_refused_with_its_place(values):
+    with pytest.raises(ValueError, match=r"it\.how is a tensor.*key="):
+        identity(Plain(how=values))
+
+
+def test_a_module_of_the_reader_s_counts_with_its_file(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(tmp_path)
+    found = []
+    for number in (1, 2):
+        path = tmp_path / f"mine_{number}.py"
+        path.write_text(f"def by(x): return x * {number}")
+        module = importlib.import_module(path.stem)
+        module.__name__ = "mine"
+        place = {"mine": module, "__name__": "__main__"}
+        found.append(digest(eval("lambda x: mine.by(x)", place)))
+    assert found[0] != found[1]
+
+
+def test_what_a_callback_collects_is_not_what_it_is():
+    one, other = (Plain(seen=seen, every=2) for seen in ([], [1, 2]))
+    kept = [
+        identity(each, in_use=True) for each in (one, other, Plain(seen=[], every=3))
+    ]
+    assert kept[0] == kept[1] != kept[2]
 
 
 CODE = """
@@ -252,7 +349,9 @@ def test_another_teacher_does_not_read_the_cache(name, tmp_path, monkeypatch):
 def test_a_teacher_that_hides_something_is_not_cached(tmp_path, monkeypatch):
     monkeypatch.setenv("KDBOOK_CACHE", str(tmp_path))
     teacher = Teacher(lock=threading.Lock())
-    with pytest.warns(UserWarning, match="not cached, since lock is a lock"):
+    with pytest.warns(
+        UserWarning, match=r"not cached, since the model\.lock is a lock"
+    ):
         annotate(images(), teacher, progress=False)
     assert not (tmp_path / "annotations").exists()
     annotate(images(), teacher, progress=False, key="mine")
@@ -289,9 +388,12 @@ CHANGES = {
     "live teacher": dict(objective=lambda: Held(Teacher(scale=2.0))),
     "its weights": dict(objective=lambda: Held(with_weight(9.0))),
     "a number": dict(objective=lambda: Held(gamma=2.0)),
-    "schedule": dict(schedule=lambda progress: 0.5),
-    "optimiser": dict(optimizer=partial(torch.optim.SGD, momentum=0.5)),
-    "metric": dict(metric=lambda logits, labels: 0.0),
+    "schedule": dict(schedule=lambda progress: 0.5, part="the schedule of stage 1"),
+    "optimiser": dict(
+        optimizer=partial(torch.optim.SGD, momentum=0.5),
+        part="the optimizer of stage 1",
+    ),
+    "metric": dict(metric=lambda logits, labels: 0.0, part="the metric"),
 }
 FIRST = dict(
     objective=lambda: Held(Teacher(scale=1.0)),
@@ -326,7 +428,8 @@ def run(folder, now, key="", **changes):
 def test_a_run_does_not_go_on_with_something_else(name, tmp_path):
     with pytest.raises(KeyboardInterrupt):
         run(tmp_path, True)
-    with pytest.raises(ValueError, match="belongs to another run"):
+    part = CHANGES[name].get("part", "the objective of stage 1")
+    with pytest.raises(ValueError, match=f"another run .* differs in {part}: give"):
         run(tmp_path, False, **CHANGES[name])
     assert len(run(tmp_path, False).history) == 3
 

@@ -22,6 +22,8 @@ from kdbook.recipes import (
     one_stage,
     then_labels,
 )
+from kdbook.swa import SWA
+from kdbook.training import EarlyStopping
 
 SHARED = ("epochs", "lr", "batch_size", "label_validate_every")
 HOMES = ("recipes", *TECHNIQUES)
@@ -387,3 +389,66 @@ def test_few_labels_in_pieces_are_the_same_update(per):
             torch.testing.assert_close(other, value, atol=1e-4, rtol=0)
     else:
         assert losses[0] != pytest.approx(losses[1], abs=1e-3)
+
+
+# what a reader's objective may get wrong
+
+
+class Parts(LogitMSE):
+    def __init__(self, **parts):
+        super().__init__()
+        self._parts = parts
+
+    def __call__(self, student, batch, progress):
+        loss = super().__call__(student, batch, progress)
+        there = {name: part(progress) for name, part in self._parts.items()}
+        loss.parts.update({name: value for name, value in there.items() if value})
+        return loss
+
+
+def test_a_part_that_is_not_always_there_is_a_mean_of_what_there_is():
+    first = lambda progress: 4.0 * (progress.step % 4 == 0)
+    run = go(net(), one_stage(Parts(rare=first), epochs=2, batch_size=16))
+    assert [row["rare"] for row in run.history] == [4.0, 4.0]
+
+
+@pytest.mark.parametrize("name", ["loss", "epoch", "lr", "val_score"])
+def test_a_part_does_not_overwrite_the_history(name):
+    with pytest.raises(ValueError, match=f"cannot be named '{name}'"):
+        go(net(), one_stage(Parts(**{name: lambda progress: 1.0}), epochs=1))
+
+
+def test_requires_is_a_tuple():
+    class Forgot(LogitMSE):
+        requires = "label"
+
+    with pytest.raises(ValueError, match=r"\('label',\)"):
+        go(net(), one_stage(Forgot(), epochs=1))
+
+
+def test_without_validation_a_mean_counts_in_its_own_stage_alone():
+    stages = then_labels(LogitMSE(), epochs=(2, 3), lr=1e-2, batch_size=16).stages
+    plain = go(net(), Recipe(stages))
+    run = go(net(), Recipe(stages, (SWA(stage=0),)))
+    assert not same(run.student, plain.student)  # it began elsewhere
+    last = {}
+
+    class Last(Callback):
+        def after_stage(self, run, progress):
+            last.update({k: v.clone() for k, v in run.student.state_dict().items()})
+
+    run = go(net(), Recipe(stages, (SWA(stage=0), Last())))
+    assert same(run.student, last)
+
+
+@pytest.mark.parametrize("every", [1, 3])
+def test_early_stopping_counts_the_validations_of_its_stage(every):
+    "A better first stage does not count, and neither do epochs between validations."
+    scores = iter([0.9, 0.1, 0.3, 0.2, 0.2, 0.4])
+    first = Stage(LogitMSE(), 1, 1e-3, 16)
+    second = Stage(CrossEntropy(), 40, 1e-3, 16, validate_every=every)
+    made = Recipe((first, second), (EarlyStopping(patience=2),))
+    run = go(net(), made, images(), images(16), metric=lambda *_: next(scores))
+    seen = [r["val_score"] for r in run.history if r["val_score"] is not None]
+    assert seen == [0.9, 0.1, 0.3, 0.2, 0.2]
+    assert len(run.history) == 1 + 4 * every

@@ -347,10 +347,10 @@ def other_student():
             lambda data: dict(recipe=one(Hinton(3.0), 1)),
             ["temperature=2.0", "temperature=3.0"],
         ),
-        (lambda data: dict(train=images(labelled=60)), ["data"]),
+        (lambda data: dict(train=images(labelled=60)), ["in the training data: give"]),
         (lambda data: dict(train=data.select(range(63))), ["data"]),
-        (lambda data: dict(validation=images(32, 2)), ["data"]),
-        (lambda data: dict(model=other_student()), ["weights"]),
+        (lambda data: dict(validation=images(32, 2)), ["in the validation data: give"]),
+        (lambda data: dict(model=other_student()), ["differs in the student: give"]),
     ],
     ids="seed recipe objective labels rows validation student".split(),
 )
