@@ -715,6 +715,17 @@ def _check_columns(student: nn.Module, train: Any, validation: Any, rows: Rows) 
                     "training data: write it again with annotate, or leave the row out"
                 )
 
+
+def _check_inputs(inputs: Any, train: Any) -> None:
+    "Raise `ValueError` for columns that are not there."
+    if isinstance(inputs, str):
+        raise ValueError(f"inputs are columns, in a tuple: ({inputs!r},)")
+    missing = [name for name in inputs if name not in train.column_names]
+    if missing and "text" not in train.column_names:  # a tokenizer writes some
+        raise ValueError(
+            f"inputs name {missing}, but the rows have {sorted(train.column_names)}"
+        )
+
 # %% ../nbs/training.ipynb #603f8717
 def fit(
     student: nn.Module,  # left untouched: a copy is trained
@@ -742,16 +753,9 @@ def fit(
     in_range("0..", seed=seed)
     one_of(("no", "fp16", "bf16"), mixed_precision=mixed_precision)
     accelerator = _accelerator(mixed_precision)
-    if isinstance(inputs, str):
-        raise ValueError(f"inputs are several columns, in a tuple: ({inputs!r},)")
+    _check_inputs(inputs, train)
     student = _copy_of(student, tokenizer, max_length, inputs, train)
     rows = encoded_rows(train, student, _columns_read(recipe))
-    if missing := [
-        name for name in inputs if name not in {**rows.dense, **rows.ragged}
-    ]:
-        raise ValueError(
-            f"inputs name {missing}, but the rows have {sorted(train.column_names)}"
-        )
     held_out = None
     if validation is not None:
         held_out = encoded_rows(validation, student, ("label",))
