@@ -7,7 +7,7 @@ VENV   := .venv
 PY     := $(VENV)/bin/python
 READY  := $(VENV)/.kdbook-ready
 # As many processes as cores, one thread each: a chapter or a test is rarely quicker on two.
-JOBS   ?= $(shell nproc 2>/dev/null || sysctl -n hw.ncpu)
+JOBS   ?= $(shell env -u OMP_NUM_THREADS nproc 2>/dev/null || sysctl -n hw.ncpu)
 
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
