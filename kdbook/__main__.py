@@ -6,11 +6,14 @@
 __all__ = ['arguments', 'main', 'print_ladder']
 
 # %% ../nbs/command_line.ipynb #5dc3748d
+import math
 import sys
 from typing import Iterable
 
-from .data import fetch
+from .archives import fetch
+from .checks import one_of
 from .records.ladder import ladder_table, recorded
+from .records.race import COURSES, ENTRIES, TUNED
 from kdbook.records.settings import (
     LADDERS,
     METHODS,
@@ -22,6 +25,26 @@ from kdbook.records.settings import (
 )
 
 # %% ../nbs/command_line.ipynb #327bd559
+def _race_arguments(race: "argparse.ArgumentParser") -> None:
+    race.add_argument(
+        "course",
+        nargs="*",
+        metavar="course",
+        help=f"the most important first: {', '.join(COURSES)}; default: all of them",
+    )
+    race.add_argument(
+        "--method",
+        action="append",
+        choices=sorted(ENTRIES),
+        metavar="METHOD",
+        help=f"may be repeated; default: all of {', '.join(ENTRIES)}",
+    )
+    race.add_argument("--jobs", type=int, default=1, help="runs at once (default 1)")
+    race.add_argument(
+        "--hours", type=float, default=math.inf, help="begin no run after so many"
+    )
+
+
 def arguments() -> "argparse.ArgumentParser":
     "The command line."
     import argparse
@@ -33,8 +56,18 @@ def arguments() -> "argparse.ArgumentParser":
     commands = parser.add_subparsers(dest="command", required=True)
     add = lambda name, text: commands.add_parser(name, help=text, description=text)
     add("fetch", "get the default data and backbone, and verify them (about 90 MB)")
-    teacher = add(
-        "teacher", "train the book's teacher and store what it writes (15 min)"
+    teacher = add("teacher", "train a teacher and store what it writes; resumable")
+    teacher.add_argument(
+        "name",
+        nargs="?",
+        choices=sorted(TUNED),
+        metavar="name",
+        help=f"{', '.join(TUNED)}; default: the book's own, MiniLM on movies (15 min)",
+    )
+    teacher.add_argument(
+        "--bf16",
+        action="store_true",
+        help="compute in bfloat16: half the time on a machine that has it",
     )
     teacher.add_argument(
         "--keep-record",
@@ -45,6 +78,7 @@ def arguments() -> "argparse.ArgumentParser":
     study = add("study", "run the missing parts of a study; resumable")
     study.add_argument("study", choices=STUDY_NAMES, help="which question")
     run = add("ladder", "run what is missing of a method and its baselines; resumable")
+    _race_arguments(add("race", "run what is missing of the race; resumable, hours"))
     table = add("table", "print a method's ladder from its records")
     for command in (run, table):
         command.add_argument(
@@ -72,12 +106,24 @@ def _workshop(args: "argparse.Namespace") -> None:
     "Commands that make records. The workshop is loaded when one of them is asked for."
     from kdbook.lab import (  # noqa: F401  it adds studies
         compression,
+        finetuned,
+        race,
         run,
         studies,
         teachers,
     )
 
-    if args.command == "teacher":
+    if args.command == "race":
+        courses = tuple(args.course or COURSES)
+        for course in courses:
+            one_of(tuple(COURSES), course=course)
+        methods = tuple(args.method or ENTRIES)
+        print(f"{race.run_race(courses, methods, args.jobs, args.hours)} runs done")
+    elif args.command == "teacher" and args.name:
+        precision = "bf16" if args.bf16 else "no"
+        done, trail, _ = finetuned.finetune(args.name, precision)
+        print(finetuned.write_answers(args.name, done, trail, precision))
+    elif args.command == "teacher":
         model, trail, seconds = teachers.train_teacher()
         if args.keep_record:
             print(trail.folder)

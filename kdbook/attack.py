@@ -16,7 +16,7 @@ from typing import Any, Callable
 import torch
 from torch import Tensor, nn
 
-from .checks import in_range
+from .checks import dataset_of, in_range
 from .files import cache_dir, optional_write, write_json
 from .identity import digest, fingerprint
 from .rows import encoded_rows, length_of, predict_logits
@@ -116,7 +116,8 @@ def show_changes(
         for place, _, word in row["changed"]:
             old = f'<span style="{_OLD}">{pieces[place]}</span>'
             pieces[place] = f'{old} <span style="{_NEW}">{escape(word)}</span>'
-        out.append(f"<p>{row['before']} &rarr; {row['after']}: {''.join(pieces)}</p>")
+        verdict = f"{int(row['before'])} &rarr; {int(row['after'])}"
+        out.append(f"<p>{verdict}: {''.join(pieces)}</p>")
     return "\n".join(out)
 
 # %% ../nbs/attack.ipynb #89c7a793
@@ -327,6 +328,8 @@ def _check_attack(
                 f"an attack needs the column {name!r}, "
                 f"but the rows have {dataset.column_names}"
             )
+    if not len(dataset):
+        raise ValueError("there are no rows to attack")
     in_range("1..", max_queries=max_queries, candidates=candidates)
     in_range("[-1, 1]", similarity=similarity)
     for label in dataset["label"][:]:
@@ -353,6 +356,7 @@ def attack(
     embedding space are tried greedily; a `text_pair` stays as it is. The outcome is
     kept in the user's cache. Raises `ValueError` for rows without text or label, and
     for a budget that cannot hold a single query."""
+    dataset = dataset_of(dataset)
     _check_attack(dataset, candidates, similarity, max_queries)
     allow = allow or same_kind
     path, max_length = None, length_of(model, max_length)
@@ -371,6 +375,7 @@ def attack(
         model, batch_size=batch_size, tokenizer=tokenizer, max_length=max_length
     )
     rows = _attacked(victim, dataset, options, similarity, max_queries, progress)
+    rows = json.loads(json.dumps(rows))  # as they come back from the cache
     if path:
         with optional_write(path):
             write_json({"rows": rows, "sha256": digest(rows)}, path)

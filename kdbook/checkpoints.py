@@ -42,11 +42,18 @@ def save_checkpoint(
 ) -> None:
     """Write `state` with its digest, whole or not at all.
 
-    Raises `ValueError` naming what could not be read back."""
+    Raises `ValueError` naming what could not be read back, and `OSError` where the
+    disk refuses."""
     _refuse_odd(state, "state")
     state = {**state, "digest": digest(state)}
     with whole_file(path, alone=True) as temporary, open(temporary, "wb") as f:
-        torch.save(state, f)
+        try:
+            torch.save(state, f)
+        except RuntimeError as e:  # what PyTorch makes of a full disk
+            raise OSError(
+                f"{path} could not be written: is the disk full? What was there is "
+                "still there"
+            ) from e
         f.flush()
         os.fsync(f.fileno())
 

@@ -270,9 +270,9 @@ def adversarial_gap(
 # %% ../nbs/combined_kd.ipynb #f7fb06a4
 def _over_processes(grad: Tensor) -> Tensor:
     "The mean over processes."
+    # one number may stand for many places, and what follows would write beyond it
+    grad = grad.contiguous()
     if torch.distributed.is_available() and torch.distributed.is_initialized():
-        # one number may stand for many places, and all_reduce would write beyond it
-        grad = grad.contiguous()
         torch.distributed.all_reduce(grad)
         grad /= torch.distributed.get_world_size()
     return grad

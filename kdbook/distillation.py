@@ -6,17 +6,20 @@
 __all__ = ['TOKENS', 'written', 'annotate']
 
 # %% ../nbs/annotate.ipynb #59e5b94a
+import os
 import warnings
 from pathlib import Path
-from typing import Any
+from typing import Any, Callable, Iterator
 
 import torch
 from torch import Tensor, nn
 
+from .checks import dataset_of
 from kdbook.files import (
     Damaged,
     cache_dir,
     load_tensors,
+    need,
     note_read,
     optional_write,
     results_dir,
@@ -42,6 +45,7 @@ from kdbook.rows import (
     joined,  # noqa: F401
     length_sorted,
     logits_of,
+    of_all_processes,
     pad_id_of,  # noqa: F401
     predict_logits,  # noqa: F401
     progress_bar,
@@ -119,36 +123,85 @@ def _refuse_not_finite(columns: dict[str, Any]) -> None:
                     "give a class that it rules out a large negative logit, not -inf"
                 )
 
+# %% ../nbs/annotate.ipynb #1be6d7fd
+def _place_among_processes() -> tuple[int, int]:  # rank, processes
+    "Where this process stands among those of a launcher."
+    distributed = torch.distributed
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        accelerate = need("accelerate", "train")
+        cpu = accelerate.utils.parse_flag_from_env("ACCELERATE_USE_CPU")
+        accelerate.PartialState(cpu=cpu)  # they begin to talk
+    if not (distributed.is_available() and distributed.is_initialized()):
+        return 0, 1
+    return distributed.get_rank(), distributed.get_world_size()
+
+
+def _of_all(
+    write: Callable[[int], Any], numbers: range, progress: bool, processes: int
+) -> Iterator[Any]:
+    "What all processes write, each for its own numbers."
+    bar = progress_bar(numbers, progress, "annotate")
+    if processes == 1:
+        yield from map(write, bar)
+        return
+    error = None
+    try:
+        mine = [write(number) for number in bar]
+    except ValueError as e:
+        mine, error = [], str(e)
+    found = of_all_processes((mine, error))
+    for _, each in found:
+        if each:
+            raise ValueError(each)
+    for theirs, _ in found:
+        yield from theirs
+
 # %% ../nbs/annotate.ipynb #b502838c
-def _cached_columns(
+def _columns(
     model: nn.Module,
     rows: Rows,
     batch_size: int,
-    folder: Path,
+    folder: Path | None,  # of the cache
     progress: bool,
     per_shard: int = 16,
 ) -> dict[str, Tensor | list[Tensor]]:
     """What `model` writes for `rows`, in shards of `per_shard` batches.
 
-    Shards already in `folder` are read, not computed."""
+    Shards already in `folder` are read, not computed. Several processes share them out
+    among each other, and all get the whole."""
     batches = length_sorted(rows.lengths, batch_size)
     shards = [batches[i : i + per_shard] for i in range(0, len(batches), per_shard)]
+    rank, processes = _place_among_processes()
+    numbers = range(rank, len(shards), processes)
     out: dict[str, list] = {}
-    for number, shard in enumerate(progress_bar(shards, progress, "annotate")):
-        index = sum(shard, [])
-        path = folder / f"{number:05d}.safetensors"
-        columns = _read_shard(path, index, [rows.lengths[i] for i in index])
-        if columns is None:
-            computed = run_batches(model, rows, shard, written, per_token=TOKENS)
-            columns = {name: _picked(v, index) for name, v in computed.items()}
-            _refuse_not_finite(columns)
-            with optional_write(path):
-                save_tensors(_shard(columns, index), path)
+
+    def write(number: int) -> tuple[list[int], dict[str, Any]]:
+        return _one_shard(model, rows, shards[number], folder, number)
+
+    for index, columns in _of_all(write, numbers, progress, processes):
         for name, values in columns.items():
             column = out.setdefault(name, [None] * len(rows))
             for place, row in zip(index, values):
                 column[place] = row
     return {name: _joined(column) for name, column in out.items()}
+
+
+def _one_shard(
+    model: nn.Module, rows: Rows, shard: list, folder: Path | None, number: int
+) -> tuple[list[int], dict[str, Any]]:
+    "The rows of a shard, and what is read or computed for them."
+    index = sum(shard, [])
+    path = folder / f"{number:05d}.safetensors" if folder else None
+    lengths = [rows.lengths[i] for i in index]
+    if path and (columns := _read_shard(path, index, lengths)) is not None:
+        return index, columns
+    computed = run_batches(model, rows, shard, written, per_token=TOKENS)
+    columns = {name: _picked(values, index) for name, values in computed.items()}
+    _refuse_not_finite(columns)
+    if path:
+        with optional_write(path):
+            save_tensors(_shard(columns, index), path)
+    return index, columns
 
 # %% ../nbs/annotate.ipynb #f34f30a8
 def annotate(
@@ -166,22 +219,33 @@ def annotate(
     A teacher that answers for every token writes (tokens, num_labels) for every row.
     Raises `ValueError` for answers that are no numbers, `FileNotFoundError` for an
     unknown record and `KeyError` for rows that a record does not hold."""
+    given, dataset = dataset, dataset_of(dataset)
     if isinstance(teacher, str):
-        return _from_record(dataset, teacher)
+        return _in_format_of(given, _from_record(dataset, teacher))
+    _check_teacher(teacher)
     warn_of_names(dataset, teacher)
     rows = encoded_rows(dataset, teacher, (), tokenizer, max_length)
     folder = _folder(teacher, rows, batch_size, key) if cache else None
-    if folder:
-        columns = _cached_columns(teacher, rows, batch_size, folder, progress)
-    else:
-        batches = length_sorted(rows.lengths, batch_size)
-        columns = run_batches(teacher, rows, batches, written, progress, TOKENS)
-        _refuse_not_finite(columns)
+    columns = _columns(teacher, rows, batch_size, folder, progress)
     for name, values in columns.items():
         if isinstance(values, list):
             values = [row.tolist() for row in values]
         dataset = with_column(dataset, name, values)
-    return dataset
+    return _in_format_of(given, dataset)
+
+
+def _in_format_of(given: Any, dataset: "datasets.Dataset") -> "datasets.Dataset":
+    "The rows in the format that the caller's rows had, such as torch."
+    kind = given.format["type"] if hasattr(given, "format") else None
+    return dataset.with_format(kind) if kind else dataset
+
+
+def _check_teacher(teacher: Any) -> None:
+    "Raise `ValueError` for what is no model."
+    if not isinstance(teacher, nn.Module):
+        raise ValueError(
+            f"teacher must be a PyTorch model or the name of a record, got {teacher!r}"
+        )
 
 
 def _folder(teacher: nn.Module, rows: Rows, batch_size: int, key: str) -> Path | None:
@@ -196,14 +260,12 @@ def _folder(teacher: nn.Module, rows: Rows, batch_size: int, key: str) -> Path |
 # %% ../nbs/annotate.ipynb #c268dae2
 def _from_record(dataset: "datasets.Dataset", name: str) -> "datasets.Dataset":
     "The columns `teacher_*` of a record, for the rows of `dataset`."
-    from safetensors.torch import load_file
-
     path = results_dir() / "teacher" / f"{name}.safetensors"
     if not path.exists():
         known = sorted(p.stem for p in path.parent.glob("*.safetensors"))
         raise FileNotFoundError(f"no teacher record {path}; there are {known}")
     note_read(path)
-    record = load_file(path)
+    record = load_tensors(path)
     place = {int(i): n for n, i in enumerate(record["idx"])}
     if "text" in dataset.column_names and "text_crc" in record:
         # the row numbers of other sources overlap

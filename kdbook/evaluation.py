@@ -4,21 +4,27 @@
 
 # %% auto #0
 __all__ = ['OUT_OF_DOMAIN', 'labelled', 'accuracy', 'nll', 'agreement', 'wilson_interval', 'Difference', 'paired_difference',
-           'mcnemar', 'reliability', 'ece', 'rater_gap', 'out_of_domain', 'evaluate']
+           'holm', 'mcnemar', 'reliability', 'ece', 'rater_gap', 'out_of_domain', 'evaluate']
 
 # %% ../nbs/evaluation.ipynb #6e2362ec
 import os
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Iterable
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .checks import in_range
+from .checks import check_labels, dataset_of, in_range
 from .files import lazy_names
-from .rows import encoded_rows, logits_on_rows, predict_logits, warn_of_names
+from kdbook.rows import (
+    check_model,
+    encoded_rows,
+    logits_on_rows,
+    predict_logits,
+    warn_of_names,
+)
 
 # %% ../nbs/evaluation.ipynb #75eed7c9
 def labelled(
@@ -108,11 +114,17 @@ class Difference:
     mean: float  # ours minus theirs, in [-1, 1]
     low: float  # lower end of the interval
     high: float  # upper end
+    p: float = float("nan")  # of a mean this far from zero, or farther, by chance
 
     @property
     def clear(self) -> bool:
         "Whether the interval leaves zero out."
         return self.low > 0 or self.high < 0
+
+    @property
+    def half_width(self) -> float:
+        "Half of the interval: about the smallest effect that could have been clear."
+        return (self.high - self.low) / 2
 
     def __str__(self) -> str:
         return f"{100 * self.mean:+.1f} [{100 * self.low:+.1f}, {100 * self.high:+.1f}]"
@@ -127,7 +139,7 @@ def paired_difference(
 
     Raises `ValueError` unless both are (seeds, rows) arrays of one shape with at least
     2 seeds and 2 rows."""
-    from scipy.special import stdtrit  # loads faster than scipy.stats
+    from scipy.special import stdtr, stdtrit  # loads faster than scipy.stats
 
     ours = np.asarray(ours, float)
     theirs = np.asarray(theirs, float)
@@ -147,10 +159,24 @@ def paired_difference(
     v_row = by_row.var(ddof=1) / rows
     variance = max(v_seed + v_row - v_rest, v_seed, v_row)  # both hold `v_rest` once
     if variance == 0:
-        return Difference(mean, mean, mean)
+        return Difference(mean, mean, mean, float(mean == 0))
     freedom = variance**2 / (v_seed**2 / (seeds - 1) + v_row**2 / (rows - 1))
-    half = stdtrit(max(1.0, freedom), 0.5 + level / 2) * variance**0.5
-    return Difference(mean, float(mean - half), float(mean + half))
+    freedom, error = max(1.0, freedom), variance**0.5
+    half = stdtrit(freedom, 0.5 + level / 2) * error
+    p = 2 * stdtr(freedom, -abs(mean) / error)
+    return Difference(mean, float(mean - half), float(mean + half), float(p))
+
+# %% ../nbs/evaluation.ipynb #18363088
+def holm(
+    p_values: Iterable[float],  # of the differences in one table
+) -> np.ndarray:  # in the same order, at most 1
+    "P-values corrected for how many there are (Holm 1979)."
+    p = np.asarray(list(p_values), float)
+    order = np.argsort(p)
+    corrected = np.maximum.accumulate(p[order] * np.arange(len(p), 0, -1))
+    out = np.empty_like(p)
+    out[order] = np.minimum(corrected, 1)
+    return out
 
 # %% ../nbs/evaluation.ipynb #07bf0f4d
 def mcnemar(
@@ -297,7 +323,7 @@ def _answers(student: nn.Module, rows: Any, batch_size: int) -> tuple[Tensor, Te
 
 def evaluate(
     student: nn.Module,  # any classifier
-    task: "datasets.DatasetDict",  # every split but train is scored
+    task: "datasets.DatasetDict",  # every split but train is scored; or rows, as one
     batch_size: int = 64,  # rows per forward pass
 ) -> "pandas.DataFrame":  # one row a split
     """Accuracy with its 95 % interval, nll and calibration error of every split.
@@ -306,10 +332,26 @@ def evaluate(
     counts. Raises `ValueError` for a single output."""
     import pandas as pd
 
+    check_model(student, "student")
+    if not (
+        isinstance(task, dict) and any(hasattr(v, "features") for v in task.values())
+    ):
+        task = {"rows": dataset_of(task, "task")}
+    if not {*task} - {"train"}:
+        raise ValueError(
+            "the task has only a split train, which is not scored: give "
+            "{'validation': rows}, or the rows themselves"
+        )
     table = []
     for split, rows in task.items():
         if split == "train":
             continue
+        rows = dataset_of(rows, f"split {split!r}")
+        if "label" not in rows.column_names:
+            raise ValueError(
+                f"split {split!r} has no column 'label', only {rows.column_names}"
+            )
+        check_labels(rows["label"][:], None, f"split {split!r}")
         logits, labels = labelled(*_answers(student, rows, batch_size))
         right = int((logits.argmax(-1) == labels).sum())
         low, high = wilson_interval(right, len(labels))

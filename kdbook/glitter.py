@@ -11,11 +11,12 @@ import random
 from functools import partial
 from typing import Any, Callable, Literal, get_args
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .checks import in_range, one_of
+from .checks import dataset_of, in_range, one_of
 from .losses import label_loss, reduce_loss, soft_target_loss, teacher_loss
 from kdbook.rows import (
     Around,
@@ -23,6 +24,7 @@ from kdbook.rows import (
     forward,
     joined,
     length_of,
+    of_all_processes,
     pad_id_of,
     predict_logits,
     progress_bar,
@@ -63,6 +65,7 @@ def make_pool(
     Without `generator`, "fill" first warms MiniLM's up on these very sentences. Raises
     `ValueError` for an unknown way, and for one that returns another number of inputs
     than it was given."""
+    dataset = dataset_of(dataset)
     in_range("1..", k=k)
     column = "pixel_values" if "pixel_values" in dataset.column_names else "text"
     functions = [_function(way, dataset, generator) for way in ways]
@@ -109,7 +112,7 @@ def _function(
 def _key(value: Any) -> Any:
     "What two variants must differ in: words of letters or digits alone, or pixels."
     if not isinstance(value, str):
-        return tuple(value)
+        return np.asarray(value).tobytes()
     return " ".join(p for p in pieces_of(value.lower()) if p.isalnum())
 
 # %% ../nbs/glitter.ipynb #afb98106
@@ -120,7 +123,9 @@ def _with_pool(dataset: Any, pools: list, k: int, column: str) -> Any:
     "The rows with their (way, variant) pairs; what was written on another pool goes."
     written = {f"pool_{name}" for name in _WRITTEN} & set(dataset.column_names)
     dataset = dataset.remove_columns(sorted(written))
-    blank = "" if column == "text" else [0.0] * len(dataset[0][column])
+    blank = ""
+    if column != "text":
+        blank = np.zeros(np.shape(dataset[0][column])).tolist()
     padded = [pool + [(-1, blank)] * (k - len(pool)) for pool in pools]
     variants = [[x for _, x in pool] for pool in padded]
     ways = [[way for way, _ in pool] for pool in padded]
@@ -366,7 +371,7 @@ class Chooser(Callback):
         one_of(("worst", "random"), pick=pick)
         self.k1, self.k2 = k1, k2
         self.pick, self.score_every = pick, score_every
-        self._chosen = None
+        self._chosen = {}
 
     def settings(self) -> dict[str, Any]:
         "Its arguments."
@@ -385,49 +390,59 @@ class Chooser(Callback):
         **scoring: Any,  # of `score_pool`: temperature, setup
     ) -> Tensor:  # (batch, k2)
         "The places in the pool that each row of the batch learns from."
-        rows, length = batch["idx"], batch["pool_length"]
+        length = batch["pool_length"]
         if self.k1 == self.k2:  # nothing to choose
-            return torch.arange(self.k2, device=rows.device).expand(len(rows), -1)
-        known = self.remembered(rows) if progress.epoch % self.score_every else None
+            return torch.arange(self.k2, device=length.device).expand(len(length), -1)
+        known = self.remembered(batch) if progress.epoch % self.score_every else None
         if known is not None:
             return known
         if self.pick == "random":
-            scores = torch.rand(len(rows), self.k1, device=rows.device)
+            scores = torch.rand(len(length), self.k1, device=length.device)
         else:
             scores = score_pool(student, batch, k1=self.k1, **scoring)
         chosen = select_worst(scores, self.k2, length[:, : self.k1] > 0)
-        self._chosen = _grown(self._chosen, int(rows.max()) + 1, self.k2)
-        self._chosen[rows.cpu()] = chosen.cpu()
+        self._chosen.update(zip(_row_keys(batch), chosen.tolist()))
         return chosen
 
     def remembered(
         self,
-        rows: Tensor,  # (batch,), row numbers
+        batch: dict[str, Tensor],  # as given to `choose`
     ) -> Tensor | None:  # (batch, k2); None where a row has not been looked at
         "The latest choice of these rows."
-        if self._chosen is None or int(rows.max()) >= len(self._chosen):
+        found = [self._chosen.get(key) for key in _row_keys(batch)]
+        if None in found:
             return None
-        known = self._chosen[rows.cpu()]
-        return None if (known < 0).any() else known.to(rows.device)
+        return torch.tensor(found, device=batch["pool_length"].device)
 
     def before_stage(self, run: Run, progress: Progress) -> None:
         "Forget what was chosen: the same recipe may be run twice."
-        self._chosen = None
+        self._chosen = {}
+
+    def after_epoch(self, run: Run, progress: Progress) -> None:
+        "Rows are with other processes in the next epoch: tell all of them."
+        for chosen in of_all_processes(self._chosen):
+            self._chosen.update(chosen)
 
     def state_dict(self) -> dict[str, Any]:
         "What each row has chosen."
-        return {} if self._chosen is None else {"chosen": self._chosen}
+        if not self._chosen:
+            return {}
+        rows = [[row, *lengths] for row, lengths in self._chosen]
+        chosen = list(self._chosen.values())
+        return {"rows": torch.tensor(rows), "chosen": torch.tensor(chosen)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         "Take back what `state_dict` gave."
-        self._chosen = state.get("chosen")
+        rows, chosen = (state[n].tolist() if state else [] for n in ("rows", "chosen"))
+        keys = [(row, tuple(lengths)) for row, *lengths in rows]
+        self._chosen = dict(zip(keys, chosen))
 
 # %% ../nbs/glitter.ipynb #fece32cf
-def _grown(chosen: Tensor | None, rows: int, k2: int) -> Tensor:
-    "Room for so many rows; those not looked at have -1."
-    if chosen is None:
-        return torch.full((rows, k2), -1)
-    return F.pad(chosen, (0, 0, 0, max(0, rows - len(chosen))), value=-1)
+def _row_keys(batch: dict[str, Tensor]) -> list[tuple[int, tuple[int, ...]]]:
+    "What a row is remembered by: its number where `fit` gives one, and its pool."
+    rows = batch["row"] if "row" in batch else batch["idx"]
+    lengths = map(tuple, batch["pool_length"].tolist())
+    return list(zip(rows.tolist(), lengths))
 
 # %% ../nbs/glitter.ipynb #a4b8de85
 def glitter_loss(

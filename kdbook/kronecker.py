@@ -5,10 +5,12 @@
 # %% auto #0
 __all__ = ['MULTIPLY', 'Spec', 'other_shape', 'rearranged', 'Factors', 'nearest_kronecker', 'kronecker_error', 'several_factors',
            'flops', 'Contraction', 'contraction_for', 'kronecker_linear', 'KroneckerLayer', 'KroneckerLinear',
-           'KroneckerEmbedding', 'spec_layers', 'replace_layers', 'kroneckerize']
+           'KroneckerEmbedding', 'spec_layers', 'replace_layers', 'kroneckerize', 'unstorable']
 
 # %% ../nbs/kronecker.ipynb #f59af4c7
+import copy
 from fnmatch import fnmatchcase
+from functools import partial
 from importlib import import_module
 from typing import Any, Iterable, Literal, NamedTuple
 
@@ -16,6 +18,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 
 from .checks import one_of
 from .files import lazy_names, need
@@ -89,6 +92,14 @@ class Factors(NamedTuple):
         return torch.einsum("rij,rpq->ipjq", self.a, self.b).reshape(m1 * m2, n1 * n2)
 
 # %% ../nbs/kronecker.ipynb #04329de6
+def _refuse_not_finite(weight: Tensor) -> None:
+    if not weight.is_meta and not weight.isfinite().all():
+        count = int((~weight.isfinite()).sum())
+        raise ValueError(
+            f"{count} of {weight.numel()} entries of the weight are not finite"
+        )
+
+
 def nearest_kronecker(
     weight: Tensor,  # (m, n)
     shape_a: tuple[int, int],  # (m1, n1): divisors of m and n
@@ -99,6 +110,7 @@ def nearest_kronecker(
     The factors are singular vectors of `rearranged`, from the Gram matrix of its small
     side. A_r and B_r have equal norms, except where a product is next to nothing."""
     m2, n2 = other_shape(tuple(weight.shape), shape_a, rank)
+    _refuse_not_finite(weight)
     wide, turned = _wide(weight, shape_a)
     vectors = torch.linalg.eigh(wide @ wide.T).eigenvectors.flip(1)  # largest first
     short = vectors[:, :rank].T
@@ -123,6 +135,7 @@ def kronecker_error(
     """The relative error in the Frobenius norm that every rank leaves, equation (3).
 
     It takes singular values alone; no factors are made."""
+    _refuse_not_finite(weight)
     wide, _ = _wide(weight, shape_a)
     squares = torch.linalg.eigvalsh(wide @ wide.T).clamp(min=0)  # smallest first
     nothing = torch.zeros(1, dtype=squares.dtype)
@@ -145,17 +158,30 @@ def several_factors(
     for shape in shapes:
         rest = other_shape(rest, shape)
     shapes.append(rest)
-    scales, parts = need("tensorly.decomposition").parafac(
-        _cube(weight, shapes).numpy(),
-        rank,
-        n_iter_max=sweeps,
-        init="svd",
-        random_state=np.random.RandomState(seed),
-        tol=1e-9,
-    )
+    _refuse_not_finite(weight)
+    scales, parts = _parafac(_cube(weight, shapes).numpy(), rank, sweeps, seed)
     share = torch.as_tensor(scales).abs() ** (1 / len(shapes))
     factors = [torch.as_tensor(np.array(part)).mul(share).T for part in parts]
     return [f.reshape(rank, *shape).to(weight) for f, shape in zip(factors, shapes)]
+
+
+def _parafac(cube: np.ndarray, rank: int, sweeps: int, seed: int) -> tuple:
+    "Scales, and factors as columns; a cube of lower rank gets products of nothing."
+    parafac = need("tensorly.decomposition").parafac
+    settings = dict(n_iter_max=sweeps, init="svd", tol=1e-9)
+    state = np.random.RandomState(seed)
+    try:
+        scales, parts = parafac(cube, rank, random_state=state, **settings)
+        if np.isfinite(scales).all() and all(np.isfinite(p).all() for p in parts):
+            return scales, parts
+    except np.linalg.LinAlgError:  # the cube needs fewer products than are asked for
+        pass
+    if rank == 1:
+        return np.zeros(1), [np.full((n, 1), n**-0.5) for n in cube.shape]
+    scales, parts = _parafac(cube, rank - 1, sweeps, seed)
+    more = [np.full((n, 1), n**-0.5) for n in cube.shape]
+    parts = [np.concatenate(pair, 1) for pair in zip(parts, more)]
+    return np.append(scales, 0.0), parts
 
 # %% ../nbs/kronecker.ipynb #d54c85f5
 def _cube(
@@ -288,6 +314,7 @@ MULTIPLY = {  # each contraction -> its function
     Contraction("a", "rows"): _a_rows,
     Contraction("a", "columns"): _a_columns,
 }
+_WAYS = MULTIPLY  # what they were called first
 
 # %% ../nbs/kronecker.ipynb #fbab10a4
 def kronecker_linear(
@@ -439,6 +466,11 @@ class KroneckerEmbedding(KroneckerLayer):
             self.padding_idx = range(num_embeddings)[padding_idx]
         self.reset_parameters()
 
+    @property
+    def weight(self) -> Tensor:  # (num_embeddings, embedding_dim)
+        "The product, made anew at each call; gradients reach the factors."
+        return self.factors.product()
+
     def reset_parameters(self) -> None:
         "Random factors; the product's entries vary by 1, as those of `nn.Embedding`."
         self.spread(1.0)
@@ -470,6 +502,19 @@ class KroneckerEmbedding(KroneckerLayer):
         new = cls(words, width, shape_a, rank, table.padding_idx)
         factors = nearest_kronecker(table.weight, shape_a, rank)
         return _filled(new, factors._asdict(), table)
+
+    @torch.no_grad()
+    def resized(
+        self,
+        rows: int,  # >= 1
+    ) -> "KroneckerEmbedding":
+        "The table with so many rows; new ones are the mean of the old."
+        rank, words, width = self.a.shape
+        padding = self.padding_idx if (self.padding_idx or 0) < rows else None
+        new = KroneckerEmbedding(rows, self.embedding_dim, (rows, width), rank, padding)
+        more = self.a.mean(1, keepdim=True).expand(-1, max(0, rows - words), -1)
+        values = {"a": torch.cat([self.a[:, :rows], more], 1), "b": self.b}
+        return _filled(new, values, self)
 
     def to_dense(self) -> nn.Embedding:
         "The same table, made."
@@ -600,13 +645,23 @@ def replace_layers(
         new[name] = made[id(layer)]
         if decompose:
             _filled(new[name], {}, layer)
-        new[name].a, new[name].b = factors.setdefault(key, (new[name].a, new[name].b))
+        _share(new[name], key, factors)
         if getattr(layer, "bias", None) is not None:
             new[name].bias = layer.bias  # the very one: it may be shared, or frozen
     for name, layer in new.items():
         parent, _, child = name.rpartition(".")
         setattr(model.get_submodule(parent), child, layer)
     return model
+
+
+def _share(layer: nn.Module, key: int, factors: dict[int, tuple]) -> None:
+    "Give a layer the factors of the first one with its weight."
+    place, names = layer, ("a", "b")
+    if parametrize.is_parametrized(layer):
+        place, names = layer.parametrizations.weight, ("original0", "original1")
+    first = factors.setdefault(key, tuple(getattr(place, name) for name in names))
+    for name, factor in zip(names, first):
+        setattr(place, name, factor)
 
 # %% ../nbs/kronecker.ipynb #5337fc9e
 def _entries_by_weight(
@@ -631,6 +686,8 @@ def _kronecker(
     "The layer's Kronecker form; an error names the layer."
     *shape_a, rank = entry if len(entry) == 3 else (*entry, 1)
     make = _table if isinstance(layer, nn.Embedding) else _linear
+    if type(layer).forward not in (nn.Linear.forward, nn.Embedding.forward):
+        make = _parametrized
     try:
         return make(layer, shape_a, rank, decompose)
     except (ValueError, TypeError) as e:
@@ -662,6 +719,30 @@ def _table(
     words, width = table.num_embeddings, table.embedding_dim
     return KroneckerEmbedding(words, width, shape_a, rank, table.padding_idx)
 
+
+class _Product(nn.Module):
+    "A parametrization: the weight of a layer as the product of its factors."
+
+    def __init__(self, shape_a: tuple[int, int], rank: int):
+        super().__init__()
+        self.shape_a, self.rank = shape_a, rank
+
+    def forward(self, a: Tensor, b: Tensor) -> Tensor:
+        return Factors(a, b).product()
+
+    def right_inverse(self, weight: Tensor) -> tuple[Tensor, Tensor]:
+        return tuple(nearest_kronecker(weight, self.shape_a, self.rank))
+
+
+def _parametrized(
+    layer: nn.Module, shape_a: list[int], rank: int, decompose: bool
+) -> nn.Module:
+    "A layer with a forward of its own, over a weight that is made of factors."
+    made = parametrize.register_parametrization(
+        copy.deepcopy(layer), "weight", _Product(tuple(shape_a), rank), unsafe=True
+    )
+    return made
+
 # %% ../nbs/kronecker.ipynb #db43c532
 def kroneckerize(
     model: nn.Module,  # any with Linear or Embedding layers; left untouched
@@ -680,7 +761,18 @@ def kroneckerize(
     with torch.random.fork_rng(devices=[]):  # new layers draw weights for nothing
         if kind in ("bert", "kronecker-bert"):
             return import_module("kdbook.kronecker_bert").from_bert(model, spec)
-        return replace_layers(copied(model), spec)
+        small = replace_layers(copied(model), spec)
+    if hasattr(small, "save_pretrained"):
+        small.save_pretrained = partial(unstorable, type(model).__name__)
+    return small
+
+
+def unstorable(kind: str, *args: Any, **kwargs: Any) -> None:
+    "In the place of `save_pretrained`, whose files would be read as a dense model."
+    raise TypeError(
+        f"no configuration describes a compressed {kind}: keep its state_dict() with "
+        "safetensors, and load that into kroneckerize(model, spec) of the dense model"
+    )
 
 # %% ../nbs/kronecker.ipynb #5a422052
 __getattr__ = lazy_names(

@@ -27,7 +27,13 @@ from transformers import (
 )
 
 from .checks import in_range, one_of
-from .kronecker import KroneckerLayer, Spec, replace_layers
+from kdbook.kronecker import (
+    KroneckerEmbedding,
+    KroneckerLayer,
+    Spec,
+    replace_layers,
+    unstorable,
+)
 from .losses import label_loss, teacher_loss
 from .rows import bare, copied, forward, logits_of
 from .training import Loss, Progress, Recipe, one_stage
@@ -122,6 +128,38 @@ class _Compressed:
         if getattr(module, "bias", None) is not None:
             nn.init.zeros_(module.bias)
 
+    def resize_token_embeddings(
+        self,
+        new_num_tokens: int | None = None,
+        pad_to_multiple_of: int | None = None,
+        mean_resizing: bool = True,
+    ) -> nn.Module:
+        """As Transformers has it, for a word table made of factors.
+
+        New rows of A are the mean of the old ones. Raises `ValueError` where an output
+        layer shares the table."""
+        table = self.get_input_embeddings()
+        if not isinstance(table, KroneckerEmbedding) or new_num_tokens is None:
+            return super().resize_token_embeddings(
+                new_num_tokens, pad_to_multiple_of, mean_resizing
+            )
+        if self.get_output_embeddings() is not None:
+            raise ValueError(
+                "the output layer shares these factors: resize the dense model, and "
+                "compress it then"
+            )
+        step = pad_to_multiple_of or 1
+        rows = -(-new_num_tokens // step) * step
+        new = table.resized(rows)
+        self.set_input_embeddings(new)
+        self.config.vocab_size = rows
+        rank, _, width = new.a.shape
+        spec = {"*word_embeddings": [rows, width, rank]}
+        self.config.kronecker = spec | {
+            p: e for p, e in self.config.kronecker.items() if p != "*word_embeddings"
+        }
+        return new
+
 # %% ../nbs/kronecker_bert.ipynb #516dbf12
 class KroneckerBertModel(_Compressed, BertModel):
     "The encoder."
@@ -186,7 +224,7 @@ def from_bert(
         small.config.kronecker = small.config.kronecker | _stored(spec)
         return small
     if type(model) not in _CLASSES:
-        small.save_pretrained = partial(_unstorable, type(model).__name__)
+        small.save_pretrained = partial(unstorable, type(model).__name__)
         return small
     new = _random_twin(model, spec)
     new.load_state_dict(small.state_dict())
@@ -207,13 +245,6 @@ def _random_twin(model: nn.Module, spec: Spec) -> nn.Module:
     config = KroneckerBertConfig(kronecker=_stored(spec), **settings)
     _, auto = _CLASSES[type(model)]
     return auto.from_config(config, **options)
-
-
-def _unstorable(kind: str, *args: Any, **kwargs: Any) -> None:
-    raise TypeError(
-        f"no KroneckerBERT stores a {kind}: keep its state_dict() with safetensors, "
-        "and load that into kroneckerize(model, spec) of the dense model"
-    )
 
 # %% ../nbs/kronecker_bert.ipynb #58aa36e5
 class Inside(NamedTuple):

@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .checks import in_range, one_of
+from .checks import dataset_of, in_range, one_of
 from .losses import in_full, label_loss, reduce_loss, soft_target_loss
 from .recipes import along, ends
 from kdbook.rows import (
@@ -91,6 +91,7 @@ def corrupt(
     Nothing but analysis may read `true_label` and `corrupted`. Raises `ValueError` as
     `transition_matrix` does, for a label outside the matrix, and for rows that do not
     sum to 1."""
+    dataset = dataset_of(dataset)
     if "true_label" in dataset.column_names:
         raise ValueError(
             "these labels were corrupted before: start from the clean rows"
@@ -102,7 +103,8 @@ def corrupt(
             "labels must be classes from 0, or -100 where there is none, and some must "
             f"be there; got {truth[:5].tolist()}..."
         )
-    num_labels = num_labels or (int(truth.max()) + 1 if matrix is None else len(matrix))
+    names = getattr(dataset.features["label"], "names", None) or range(truth.max() + 1)
+    num_labels = num_labels or len(names if matrix is None else matrix)
     if matrix is None:
         matrix = transition_matrix(kind, rate, num_labels)
     matrix = torch.as_tensor(matrix, dtype=torch.float)
@@ -127,6 +129,7 @@ def human_label(
 
     A rating of 0 abstains, a tie is a coin toss. Raises `ValueError` for rows without
     ratings and for more raters than a row has."""
+    dataset = dataset_of(dataset)
     if "ratings" not in dataset.column_names:
         raise ValueError(
             f'no column "ratings" among {dataset.column_names}: people rated the '
@@ -340,7 +343,9 @@ def out_of_fold(
 ) -> "datasets.Dataset":  # the rows, with the column `teacher_oof_logits`
     """Logits for every row from a model that was not trained on it.
 
-    Trains `folds` models. Raises `ValueError` unless 2 <= folds <= rows."""
+    Trains `folds` models. A class that a model did not meet gets a ten-thousandth of
+    its least likely one. Raises `ValueError` unless 2 <= folds <= rows."""
+    dataset = dataset_of(dataset)
     if not 2 <= folds <= len(dataset):
         raise ValueError(f"folds must be in 2..{len(dataset)} (the rows), got {folds}")
     from tqdm.auto import tqdm
@@ -355,9 +360,20 @@ def out_of_fold(
         model = train(dataset.select(outside))
         logits = predict_logits(model, dataset.select(inside), progress=False)
         if out is None:
-            out = torch.empty(len(dataset), logits.shape[-1])
+            out = torch.empty(len(dataset), 0)
+        classes = max(out.shape[1], logits.shape[1])
+        out, logits = _widened(out, classes), _widened(logits, classes)
         out[inside] = logits
     return with_column(dataset, "teacher_oof_logits", out)
+
+
+def _widened(logits: Tensor, classes: int) -> Tensor:  # (rows, classes)
+    "Logits with columns for classes that the model did not know."
+    missing = classes - logits.shape[1]
+    if not missing or not logits.shape[1]:
+        return logits if not missing else logits.new_zeros(len(logits), classes)
+    least = logits.amin(1, keepdim=True) - math.log(1e4)
+    return torch.cat([logits, least.expand(-1, missing)], 1)
 
 # %% ../nbs/noisy_label_kd.ipynb #03ec6ae4
 class SelectiveKD:

@@ -230,12 +230,26 @@ class Stage:
         in_range("(0, inf)", where, lr=self.lr)
         in_range("[0, 1)", where, warmup=self.warmup)
         in_range("[0, inf)", where, weight_decay=self.weight_decay, clip=self.clip)
+        one_of((True, False), where, reload_best=self.reload_best)
+        self._check_optimizer(where)
         if not callable(self.schedule):
             one_of(("linear", "constant"), where, schedule=self.schedule)
         for each in fields(self):  # numbers of NumPy become Python's
             value = getattr(self, each.name)
             if hasattr(value, "item"):
                 object.__setattr__(self, each.name, value.item())
+
+    def _check_optimizer(self, where: str) -> None:
+        made_by = self.optimizer
+        if made_by is not None and not callable(made_by):
+            raise ValueError(
+                f"{where}optimizer must be a class or a function of weights, such as "
+                f"torch.optim.SGD, got {made_by!r}"
+            )
+        if isinstance(made_by, type) and issubclass(made_by, torch.optim.LBFGS):
+            raise ValueError(
+                f"{where}LBFGS asks for the loss several times an update: take AdamW"
+            )
 
     def settings(self) -> dict[str, Any]:
         "Everything that decides what the stage does, by name."
@@ -267,7 +281,13 @@ class Recipe:
         if isinstance(self.stages, Stage):
             raise ValueError("give stages in a tuple, also a single one: (stage,)")
         object.__setattr__(self, "stages", tuple(self.stages))
+        if not isinstance(self.callbacks, (list, tuple)):
+            raise ValueError(f"give callbacks in a tuple: ({self.callbacks!r},)")
         object.__setattr__(self, "callbacks", tuple(self.callbacks))
+        for each in self.callbacks:
+            if isinstance(each, type):
+                name = each.__qualname__
+                raise ValueError(f"a callback is a class: make an instance, {name}()")
         if not self.stages:
             raise ValueError(
                 "the recipe has no stages: Recipe((Stage(objective, epochs=3),))"

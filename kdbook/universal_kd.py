@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .checks import in_range, one_of
+from .checks import dataset_of, in_range, one_of
 from .losses import in_full, kl_divergence, label_loss, reduce_loss
 from .rows import Around, forward, logits_of, predict_logits, seeded
 from .training import CrossEntropy, Loss, Progress, Recipe, Stage, then_labels
@@ -153,6 +153,7 @@ def train_heads(
 
     A single output is fitted by least squares. Raises `ValueError` for rows without
     labels and for labels that the heads have no output for."""
+    dataset = dataset_of(dataset)
     in_range("[0, inf)", penalty=penalty)
     labels = torch.tensor(dataset["label"][:])
     known = labels != -100

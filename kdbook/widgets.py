@@ -48,10 +48,22 @@ def _label(
     value,  # of a slider
 ) -> str:
     "A value as text: at most six significant digits for a number, `str` for the rest."
+    if isinstance(value, bool):
+        return str(value)
     try:
         return f"{value:g}"
     except (TypeError, ValueError):
         return str(value)
+
+
+def _labels(
+    values: Sequence,  # of a slider
+) -> list:
+    "The values as text, with as many digits as it takes to tell them apart."
+    texts = [_label(value) for value in values]
+    if len(set(texts)) < len(texts):
+        texts = [str(value) for value in values]
+    return texts
 
 
 def _drawn(
@@ -299,8 +311,10 @@ class _Sliders(W.VBox):
         start = list(start)
         self.names = [str(name) for name in names]
         _check(axes, self.names, start)
-        text_of = formatter or _label
-        self.labels = [[str(text_of(value)) for value in values] for values in axes]
+        texts_of = _labels
+        if formatter:
+            texts_of = lambda values: [str(formatter(value)) for value in values]
+        self.labels = [texts_of(values) for values in axes]
         self.frames, self.alts, self.inches = _film(
             draw, axes, self.names, self.labels, alt, dpi, colors
         )

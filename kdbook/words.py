@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .checks import in_range
+from .checks import dataset_of, in_range
 from kdbook.files import (
     Damaged,
     cache_dir,
@@ -446,6 +446,7 @@ def warm_up(
     """The generator after a short training on sentences like those it is to fill.
 
     It is read from the user's cache where it was made before."""
+    dataset = dataset_of(dataset)
     rows = encode(dataset.select_columns(["text"]), generator)
     recipe = Recipe((Stage(MaskedLM(), epochs, lr, 32, name="warm-up"),))
     warm = _for_text(copied(generator), rows["input_ids"], min_count)

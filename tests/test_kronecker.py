@@ -616,3 +616,111 @@ def test_encoders_that_do_not_match():
         kb.PretrainingKD(bert(kind=HEADS[2]))(
             small, Rows(rows(4), ()).batch([0, 1]), Progress()
         )
+
+
+# layers with a forward of their own
+
+
+class Twice(torch.nn.Linear):
+    def forward(self, x):
+        return 2 * super().forward(x)
+
+
+def test_a_layer_with_its_own_forward_keeps_it():
+    layers = torch.nn.Sequential(Twice(8, 8), torch.nn.Linear(8, 8))
+    small = kr.kroneckerize(layers, {"*": (4, 4, 4)})  # rank 4 is exact
+    x = torch.randn(3, 8)
+    torch.testing.assert_close(small(x), layers(x), atol=1e-5, rtol=1e-5)
+    assert isinstance(small[0], Twice) and isinstance(small[1], kr.KroneckerLinear)
+    names = {name for name, _ in small[0].named_parameters() if "weight" in name}
+    assert names == {f"parametrizations.weight.original{n}" for n in (0, 1)}
+    small(x).sum().backward()
+    assert all(p.grad is not None for p in small.parameters())
+
+
+def test_scaled_tables_that_share_a_weight_go_on_sharing():
+    config = transformers.BartConfig(
+        vocab_size=40,
+        d_model=16,
+        encoder_layers=1,
+        decoder_layers=1,
+        encoder_attention_heads=2,
+        decoder_attention_heads=2,
+        encoder_ffn_dim=16,
+        decoder_ffn_dim=16,
+        max_position_embeddings=30,
+        scale_embedding=True,
+        init_std=0.5,
+        eos_token_id=2,
+    )
+    model = transformers.BartForSequenceClassification(config).eval()
+    ids = torch.tensor([[0, 5, 6, 7, 2], [0, 9, 8, 3, 2]])
+    spec = {"*embed_tokens": (40, 4, 4), "*shared": (40, 4, 4)}
+    small = kr.kroneckerize(model, spec | {"*embed_positions": (32, 4, 4)})
+    got, wanted = small(input_ids=ids).logits, model(input_ids=ids).logits
+    torch.testing.assert_close(got, wanted, atol=1e-4, rtol=1e-4)
+    inner = small.model
+    tables = (inner.encoder.embed_tokens, inner.decoder.embed_tokens)
+    first, second = (t.parametrizations.weight.original0 for t in tables)
+    assert first is second
+
+
+@pytest.mark.parametrize("kind", ["DistilBert", "Roberta", "MPNet", "GPT2"])
+def test_other_families_are_not_stored_as_dense_models(kind, tmp_path):
+    config = getattr(transformers, f"{kind}Config")(
+        vocab_size=40,
+        hidden_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        intermediate_size=32,
+        max_position_embeddings=18,
+        pad_token_id=1,
+        **({"dim": 16, "hidden_dim": 32} if kind == "DistilBert" else {}),
+    )
+    model = getattr(transformers, f"{kind}ForSequenceClassification")(config)
+    table = "*wte" if kind == "GPT2" else "*word_embeddings"
+    small = kr.kroneckerize(model, {table: (40, 4)})
+    with pytest.raises(TypeError, match="no configuration describes a compressed"):
+        small.save_pretrained(tmp_path / "small")
+    assert not (tmp_path / "small").exists()
+
+
+def test_a_table_of_factors_can_be_read_and_grows():
+    dense = torch.nn.Embedding(10, 6, padding_idx=0)
+    table = kr.KroneckerEmbedding.from_dense(dense, (10, 3), 2)
+    assert torch.equal(table.weight, table.factors.product())
+    larger = table.resized(12)
+    assert torch.equal(larger.weight[:10], table.weight)
+    torch.testing.assert_close(larger.weight[10:], table.weight.mean(0).expand(2, -1))
+    assert torch.equal(table.resized(4).weight, table.weight[:4])
+
+
+# weights that are degenerate, or no numbers
+
+DEGENERATE = {
+    "ones": torch.ones(8, 12),
+    "zeros": torch.zeros(8, 12),
+    "one row": torch.zeros(8, 12).index_fill(0, torch.tensor([3]), 1.0),
+    "rank one": torch.arange(8.0)[:, None] @ torch.arange(12.0)[None],
+}
+
+
+@pytest.mark.parametrize("rank", [1, 2, 3])
+@pytest.mark.parametrize("kind", DEGENERATE)
+def test_more_products_than_a_weight_has(kind, rank):
+    weight = DEGENERATE[kind]
+    factors = kr.several_factors(weight, [(2, 2), (2, 3)], rank)
+    assert all(f.isfinite().all() and len(f) == rank for f in factors)
+    product = sum(torch.kron(torch.kron(a, b), c) for a, b, c in zip(*factors))
+    if kind in ("ones", "zeros"):
+        torch.testing.assert_close(product, weight, atol=1e-3, rtol=0)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_weight_that_is_no_number_is_named(value):
+    layers = torch.nn.Sequential(torch.nn.Linear(8, 8))
+    layers[0].weight.data[0, 0] = value
+    with pytest.raises(ValueError, match="^0: 1 of 64 entries.*not finite"):
+        kr.kroneckerize(layers, {"0": (2, 2)})
+    with pytest.raises(ValueError, match="not finite"):
+        kr.several_factors(layers[0].weight.detach(), [(2, 2), (2, 2)])

@@ -430,7 +430,7 @@ def kilobytes(key):
 
 
 before = kilobytes("VmRSS")
-model = AutoModel.from_pretrained(sys.argv[1]).eval()
+model = AutoModel.from_pretrained(sys.argv[1], trust_remote_code=False).eval()
 with torch.no_grad():
     model(torch.randint(1000, 2000, (32, 128)))
 print((kilobytes("VmHWM") - before) // 1024)

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['INTRODUCED', 'run_settings', 'header_of', 'differences', 'setting_differences', 'student_of', 'train_one',
-           'kept_student', 'scored', 'run_one', 'run_calls', 'run_ladder', 'outdated']
+           'kept_student', 'scored', 'run_one', 'end_with_parent', 'run_calls', 'run_ladder', 'outdated']
 
 # %% ../../nbs/lab_run.ipynb #24046c08
 import hashlib
@@ -259,7 +259,7 @@ def run_one(
     return record
 
 # %% ../../nbs/lab_run.ipynb #4ecccb00
-def _end_with_parent() -> None:
+def end_with_parent() -> None:
     "Workers of a killed parent would wait for ever."
     from multiprocessing import parent_process
     from threading import Thread
@@ -292,7 +292,7 @@ def run_calls(
         if not sizes:
             return
         processes = get_context("spawn")
-        with ProcessPoolExecutor(jobs, processes, initializer=_end_with_parent) as pool:
+        with ProcessPoolExecutor(jobs, processes, initializer=end_with_parent) as pool:
             waiting = {pool.submit(work, *call): call for call in sizes}
             try:
                 for done in as_completed(waiting):

@@ -25,7 +25,14 @@ from torch import Tensor, nn
 from ..data import hide_labels, load_task
 from ..distillation import annotate
 from ..evaluation import accuracy, ece, nll
-from ..files import cache_dir, results_dir, save_tensors, text_crc, write_json
+from kdbook.files import (
+    cache_dir,
+    load_tensors,
+    results_dir,
+    save_tensors,
+    text_crc,
+    write_json,
+)
 from ..glitter import annotate_pool, make_pool
 from ..models import character_student, image_net, teacher
 from ..noisy_label_kd import corrupt, human_label, out_of_fold
@@ -92,11 +99,9 @@ def check_rows(
     task: "datasets.DatasetDict",  # as loaded
 ) -> None:
     "Raise `ValueError` where a task's rows are not those of the records."
-    from safetensors.torch import load_file
-
     if not rows_file(name).exists():
         return
-    recorded = load_file(rows_file(name))
+    recorded = load_tensors(rows_file(name))
     for key, values in _row_tensors(task).items():
         if key not in recorded or not torch.equal(recorded[key], values):
             raise ValueError(

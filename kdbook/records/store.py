@@ -22,7 +22,7 @@ from typing import Any
 
 import numpy as np
 
-from ..files import need, note_read, results_dir
+from ..files import load_tensors, need, note_read, results_dir
 
 # %% ../../nbs/records_store.ipynb #0f261883
 FORMAT = 1  # of the lines; raised when old readers would misread new ones
@@ -46,13 +46,18 @@ class DamagedRecord(ValueError):
     "A line that cannot be read; the message names it and says what to do."
 
 
+def _crc(record: dict[str, Any]) -> int:
+    "A checksum of a record, in the order of its fields."
+    return zlib.crc32(json.dumps(record).encode())
+
+
 def _record_of(path: Path, number: int, text: str) -> dict[str, Any]:
     try:
         record = json.loads(text)
-        if isinstance(record, dict):
+        if isinstance(record, dict) and record.pop("crc", None) in (None, _crc(record)):
             return record
-        reason = "no JSON object"
-    except json.JSONDecodeError as e:
+        reason = "not what was written"
+    except (json.JSONDecodeError, RecursionError) as e:
         reason = str(e)
     raise DamagedRecord(
         f"{path}, line {number} is damaged ({reason}): delete the line, and its run "
@@ -94,7 +99,8 @@ def append_record(
     """Add a line at the end of a file, whole or not at all.
 
     Raises `ValueError` where the file is about something else."""
-    text = json.dumps(record) + "\n"
+    record = json.loads(json.dumps(record))
+    text = json.dumps({**record, "crc": _crc(record)}) + "\n"
     first = {"format": FORMAT, **json.loads(json.dumps(header))}
     path.parent.mkdir(parents=True, exist_ok=True)
     with need("filelock", "train").FileLock(path.with_suffix(".lock")):
@@ -162,11 +168,9 @@ def study_tensors(
     name: str,  # of the file, without its ending
 ) -> dict[str, Any]:  # tensors by name
     "Tensors that belong to a study."
-    from safetensors.torch import load_file
-
     path = results_dir() / "study" / study / f"{name}.safetensors"
     note_read(path)
-    return load_file(path)
+    return load_tensors(path)
 
 # %% ../../nbs/records_store.ipynb #b8db0808
 def teacher_scores(
@@ -250,6 +254,9 @@ def provenance_note(
     return "; ".join(parts)
 
 # %% ../../nbs/records_store.ipynb #5a5a31fb
+_MOST_ROWS = 10_000_000  # of a split
+
+
 def pack(
     predictions: np.ndarray,  # (rows,), class numbers below 256
 ) -> str:  # a few hundred characters per thousand rows
@@ -262,8 +269,14 @@ def pack(
 def unpack(
     text: str,  # what `pack` gave
 ) -> np.ndarray:  # (rows,)
-    "The predictions in `text`."
-    return np.frombuffer(zlib.decompress(base64.b64decode(text)), np.uint8)
+    "The predictions in `text`. Raises `ValueError` for more than ten million rows."
+    unpacking = zlib.decompressobj()
+    found = unpacking.decompress(base64.b64decode(text), _MOST_ROWS)
+    if unpacking.unconsumed_tail:
+        raise ValueError(
+            f"a record's predictions unpack to more than {_MOST_ROWS:,} rows"
+        )
+    return np.frombuffer(found, np.uint8)
 
 # %% ../../nbs/records_store.ipynb #dbc984a3
 def rows_file(
@@ -278,10 +291,8 @@ def labels_of(
     split: str,  # any but "train"
 ) -> np.ndarray:  # (rows,), or (rows, seq_len) for a text
     "The labels of a split, from beside the records."
-    from safetensors.numpy import load_file
-
     path = rows_file(task)
     if not path.exists():
         raise FileNotFoundError(f"no labels at {path}: python -m kdbook rows")
     note_read(path)
-    return load_file(path)[f"{split}_labels"]
+    return load_tensors(path)[f"{split}_labels"].numpy()

@@ -17,6 +17,7 @@ import tempfile
 import textwrap
 import time
 import zipfile
+from dataclasses import replace
 from pathlib import Path
 
 import filelock
@@ -25,8 +26,8 @@ from helpers import ROOT, wait_for
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kdbook import data
-from kdbook.data import ARCHIVES, Archive, FetchError, damaged, fetch, unpack
+from kdbook import archives
+from kdbook.archives import ARCHIVES, Archive, FetchError, damaged, fetch, unpack
 
 PYTHON = sys.executable
 GOOD = b"the bytes that were pinned\n"
@@ -333,7 +334,7 @@ def test_an_unchanged_file_is_hashed_once(small, monkeypatch):
     fetch("small")
     fetch("small")
     monkeypatch.setattr(
-        data, "sha256_of", lambda path: pytest.fail(f"hashed {path} again")
+        archives, "sha256_of", lambda path: pytest.fail(f"hashed {path} again")
     )
     fetch("small")
 
@@ -344,7 +345,7 @@ def test_an_archive_with_another_digest_is_refused_before_it_is_opened(
     cache, spec, archive = small
     members = ("box/a.txt", GOOD), ("box/b.txt", GOOD * 2), ("box/c.txt", b"one more")
     archive.write_bytes(tar_bytes(*members))
-    monkeypatch.setattr(data, "unpack", lambda *args: pytest.fail("unpacked"))
+    monkeypatch.setattr(archives, "unpack", lambda *args: pytest.fail("unpacked"))
     with pytest.raises(FetchError, match=f"has sha256 .*expected {spec.sha256[:14]}"):
         fetch("small")
     assert not (cache / spec.folder).exists() and not list(cache.glob(".tmp-*"))
@@ -558,10 +559,10 @@ def child(small, program):
     setting = textwrap.dedent(f"""
         import os, sys, time, traceback
         import filelock
-        from kdbook import data
-        from kdbook.data import Archive, fetch
+        from kdbook import archives
+        from kdbook.archives import Archive, fetch
         sys.executable = {sys.executable!r}
-        data.ARCHIVES["small"] = {spec!r}
+        archives.ARCHIVES["small"] = {spec!r}
     """)
     return subprocess.Popen(
         [PYTHON, "-c", setting + textwrap.dedent(program)],
@@ -666,3 +667,85 @@ def test_what_a_killed_process_left_is_cleared_after_a_day(small):
     fetch("small")
     names = sorted(path.name for path in cache.iterdir() if "tmp" in path.name)
     assert names == [".tmp-young", "tmp-yours"]
+
+
+# an archive in parts
+
+
+@pytest.fixture
+def in_parts(own_cache, instead_of_pip, monkeypatch):
+    "A zip in three pieces, each in a wheel of its own, on the shelf."
+    whole = wheel_bytes(("box/a.txt", GOOD), ("box/c.txt", GOOD * 500))
+    cuts = [whole[:100], whole[100:150], whole[150:]]
+    shelf, parts = (
+        instead_of_pip(
+            "name = sys.argv[sys.argv.index('--dest') - 3]\n"
+            "shutil.copy(f'{shelf}/{name}-1-py3-none-any.whl', dest)"
+        ),
+        [],
+    )
+    for number, piece in enumerate(cuts, 1):
+        name = f"small.zip.{number:03}"
+        content = wheel_bytes((f"part_{number}/{name}", piece), ("x.py", b"not wanted"))
+        pinned = {name: (len(piece), sha(piece))}
+        parts.append(
+            Archive(
+                f"part{number}==1",
+                f"part{number}-1-py3-none-any.whl",
+                len(content),
+                sha(content),
+                (f"part_{number}",),
+                pinned,
+            )
+        )
+        (shelf / parts[-1].filename).write_bytes(content)
+    spec = spec_of(whole, {"a.txt": GOOD}, "small.zip")
+    spec = replace(spec, parts=tuple(parts))
+    monkeypatch.setitem(ARCHIVES, "small", spec)
+    return own_cache, spec, shelf
+
+
+def test_pieces_are_joined_in_order_and_only_what_was_pinned_stays(in_parts):
+    cache, spec, _ = in_parts
+    folder = fetch("small")
+    assert (folder / "a.txt").read_bytes() == GOOD
+    inside = [spec.folder, f"{spec.folder}/a.txt", "small.lock"]
+    assert everything_below(cache) == inside
+
+
+@pytest.mark.parametrize("damage", ["a wheel", "a piece", "the order"])
+def test_a_part_with_other_bytes_is_refused(in_parts, monkeypatch, damage):
+    cache, spec, shelf = in_parts
+    if damage == "a wheel":
+        (shelf / spec.parts[1].filename).write_bytes(b"something else")
+    elif damage == "a piece":
+        wrong = replace(spec.parts[1], files={"small.zip.002": (50, "00" * 32)})
+        parts = (spec.parts[0], wrong, spec.parts[2])
+        monkeypatch.setitem(ARCHIVES, "small", replace(spec, parts=parts))
+    else:
+        other = replace(spec, parts=spec.parts[::-1])
+        monkeypatch.setitem(ARCHIVES, "small", other)
+    with pytest.raises(FetchError, match="refused"):
+        fetch("small")
+    assert everything_below(cache) == ["small.lock"]
+
+
+def test_the_whole_may_be_put_into_the_cache_by_hand(in_parts, no_process):
+    cache, spec, shelf = in_parts
+    pieces = []
+    for part in spec.parts:
+        with zipfile.ZipFile(shelf / part.filename) as z:
+            pieces.append(z.read(f"{part.inside[0]}/{next(iter(part.files))}"))
+    cache.mkdir(exist_ok=True)
+    (cache / "small.zip").write_bytes(b"".join(pieces))
+    assert (fetch("small") / "a.txt").read_bytes() == GOOD
+
+
+def test_an_encrypted_member_is_refused(tmp_path):
+    content = bytearray(wheel_bytes(("box/a.txt", GOOD)))
+    for signature in (b"PK\x03\x04", b"PK\x01\x02"):  # of the member, of the list
+        flag = content.index(signature) + (6 if signature.endswith(b"\x04") else 8)
+        content[flag] |= 1
+    spec = spec_of(bytes(content), filename="small-1-py3-none-any.whl")
+    with pytest.raises(FetchError, match="cannot be unpacked.*encrypted"):
+        unpacked(tmp_path, bytes(content), spec)
