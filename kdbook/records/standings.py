@@ -4,11 +4,13 @@
 
 # %% auto #0
 __all__ = ['Key', 'COLLAPSED', 'race_file', 'knobs_text', 'runs_of', 'search_score', 'rates_of', 'chosen', 'search_due',
-           'report_due', 'Rung', 'reported', 'difference', 'rungs', 'race_table', 'could_have_seen']
+           'report_due', 'Rung', 'reported', 'difference', 'rungs', 'race_table', 'could_have_seen', 'grid_gains',
+           'grid_plot']
 
 # %% ../../nbs/records_standings.ipynb #89aeeb07
 import json
 from dataclasses import dataclass, field
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +18,18 @@ import numpy as np
 
 from ..evaluation import Difference, holm, paired_difference
 from ..files import note_read, results_dir
-from .race import COURSES, ENTRIES, MOST_RATES, SEARCH, rated
+from kdbook.records.race import (
+    COURSES,
+    ENTRIES,
+    GRID_LABELS,
+    GRID_STUDENTS,
+    GRID_TEACHERS,
+    GRID_TEXT,
+    MOST_RATES,
+    SEARCH,
+    grid_name,
+    rated,
+)
 from .store import labels_of, read_lines, unpack
 
 # %% ../../nbs/records_standings.ipynb #ddfab394
@@ -70,6 +83,7 @@ def rates_of(
     """The grid of rates as far as it must grow, and its best once all are run.
 
     The smaller of two equal rates is taken."""
+    course = COURSES[course].search_of or course
     rates, knobs = list(COURSES[course].rates), ENTRIES[method].knobs[0]
     while True:
         scores = [search_score(course, method, lr, knobs) for lr in rates]
@@ -86,7 +100,7 @@ def chosen(
     method: str,  # a key of ENTRIES
 ) -> tuple[float | None, dict[str, Any]] | None:  # None: the search is not finished
     "Rate and knobs of the reported runs; the earlier of two equal choices."
-    entry = ENTRIES[method]
+    entry, course = ENTRIES[method], COURSES[course].search_of or course
     if not entry.trained:
         return None, {}
     if entry.twin:
@@ -106,7 +120,7 @@ def search_due(
 ) -> list[tuple]:  # (method, rate, knobs, seed)
     "The runs that a method's search lacks, as far as they can be named now."
     entry, wanted = ENTRIES[method], []
-    if not entry.trained or entry.twin:
+    if not entry.trained or entry.twin or COURSES[course].search_of:
         return []
     lr = rates_of(course, entry.family or method)[1]
     if rated(entry):
@@ -184,9 +198,10 @@ def difference(
     method: str,  # a key of ENTRIES
     base: str,  # another
     split: str = "test",  # any that was scored
+    base_course: str = "",  # where the other was run; "": in the same course
 ) -> Difference | None:  # None: too few seeds that both have
     "What a method gains over another on the same seeds and rows."
-    ours, theirs = reported(course, method), reported(course, base)
+    ours, theirs = reported(course, method), reported(base_course or course, base)
     both = [
         seed
         for seed in sorted({*ours} & {*theirs})
@@ -296,3 +311,60 @@ def could_have_seen(
         return ""
     low, high, middle = halves[0], halves[-1], np.median(halves)
     return f"could have seen {middle:.1f} points ({low:.1f} to {high:.1f})"
+
+# %% ../../nbs/records_standings.ipynb #fde58caf
+def grid_gains(
+    method: str,  # "hinton" or "logit_mse"
+    student: str,  # a key of GRID_STUDENTS
+    teacher: str,  # a key of GRID_TEACHERS
+) -> dict[tuple[int, int], Difference | None]:  # (labels, text) -> gain; None: not run
+    "What a method gains over the student alone in each cell."
+    found = {}
+    for labelled, text in product(GRID_LABELS, GRID_TEXT):
+        course = grid_name(labelled, text, student, teacher)
+        alone = grid_name(labelled, 1000, student, "minilm")
+        found[labelled, text] = difference(course, method, "alone", base_course=alone)
+    return found
+
+
+def grid_plot(
+    method: str = "hinton",  # or "logit_mse"
+) -> "matplotlib.figure.Figure":
+    "The grid as heat maps: labels against text, a panel for each student and teacher."
+    import matplotlib.pyplot as plt
+    from matplotlib.colors import ListedColormap
+
+    from kdbook.plots import diverging_colors, style
+
+    colors = ListedColormap(diverging_colors(25))
+    with style():
+        fig, axes = plt.subplots(2, 2, figsize=(7.2, 6.4), sharex=True, sharey=True)
+        for (row, student), (column, teacher) in product(
+            enumerate(GRID_STUDENTS), enumerate(GRID_TEACHERS)
+        ):
+            gains = grid_gains(method, student, teacher)
+            _grid_panel(axes[row, column], gains, colors)
+            axes[row, column].set_title(f"{student} student, {teacher}")
+        for ax in axes[1]:
+            ax.set_xlabel("sentences without a label")
+        for ax in axes[:, 0]:
+            ax.set_ylabel("labels")
+        plt.close(fig)
+    return fig
+
+# %% ../../nbs/records_standings.ipynb #9c67aa5a
+def _grid_panel(ax: Any, gains: dict[tuple[int, int], Any], colors: Any) -> None:
+    "One heat map: the gain in points over its interval in each cell."
+    shape = (len(GRID_LABELS), len(GRID_TEXT))
+    means = [np.nan if gain is None else 100 * gain.mean for gain in gains.values()]
+    ax.imshow(np.reshape(means, shape), cmap=colors, vmin=-12, vmax=12, aspect="auto")
+    for place, gain in enumerate(gains.values()):
+        text = "not run"
+        if gain is not None:
+            low, high = 100 * gain.low, 100 * gain.high
+            text = f"{100 * gain.mean:+.1f}\n[{low:+.1f}, {high:+.1f}]"
+        y, x = divmod(place, shape[1])
+        ax.text(x, y, text, ha="center", va="center", fontsize=8)
+    ax.set_xticks(range(shape[1]), [f"{n:,}" for n in (0, 1000)] + ["all the rest"])
+    ax.set_yticks(range(shape[0]), [f"{n:,}" for n in GRID_LABELS])
+    ax.grid(False)

@@ -1,0 +1,241 @@
+"The race: what is compared is comparable, and what is due is what is missing."
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from kdbook.files import results_dir, text_crc
+from kdbook.lab import race
+from kdbook.records.race import (
+    COURSES,
+    ENTRIES,
+    FLOORS,
+    GRID_METHODS,
+    GRID_TEXT,
+    MOST_RATES,
+    SEARCH,
+    TUNED,
+    grid_name,
+    rated,
+)
+from kdbook.records.standings import (
+    chosen,
+    difference,
+    knobs_text,
+    race_file,
+    rates_of,
+    report_due,
+    rungs,
+    search_due,
+)
+from kdbook.records.store import append_record, read_lines
+from kdbook.training import Recipe
+
+RUN = [m for m in ENTRIES if m in race.RECIPES]
+
+
+def knobs_of(method):
+    return ENTRIES[ENTRIES[method].twin or method].knobs
+
+
+def spent(course, recipe):
+    updates = 0
+    for stage in recipe.stages:
+        labelled = stage.objective.rows == "labelled"
+        rows = course.labelled if labelled else course.rows
+        updates += stage.epochs * rows // stage.batch_size
+    return updates
+
+
+@pytest.mark.parametrize("name", COURSES)
+def test_every_method_gets_the_same_updates(name):
+    course = COURSES[name]
+    for method in course.methods or RUN:
+        for knobs in knobs_of(method):
+            recipe = race.RECIPES[method](course, 1e-4, **knobs)
+            assert isinstance(recipe, Recipe)
+            assert spent(course, recipe) == course.updates, (method, knobs)
+
+
+def test_every_entry_can_be_run_and_every_course_has_its_teacher():
+    assert {*ENTRIES} == {*race.RECIPES} | {*FLOORS}
+    for course in COURSES.values():
+        assert TUNED[course.teacher].task == course.task
+        assert not course.search_of or not COURSES[course.search_of].search_of
+    for spec in TUNED.values():
+        assert not spec.of or spec.of in TUNED
+
+
+def test_a_null_differs_in_its_shuffles_alone(monkeypatch):
+    calls = []
+    monkeypatch.setattr(
+        race, "annotated", lambda *_: ({"validation": None}, None, None)
+    )
+    monkeypatch.setattr(race, "rows_of", lambda *_: "rows")
+    monkeypatch.setattr(race, "classes_of", lambda _: 2)
+    monkeypatch.setattr(race, "student_of", lambda *arguments: arguments[1:])
+    monkeypatch.setattr(race, "fit", lambda *a, **k: calls.append((a, k["seed"])))
+    monkeypatch.setattr(
+        race, "annotated", lambda *_: ({"validation": None, "train": None}, None, None)
+    )
+    for method in ("hinton", "null"):
+        knobs = {"alpha": 0.5, "temperature": 2.0}
+        race.train_one(COURSES["movies-400"], method, 1e-4, knobs, 3)
+    (ours, seed), (theirs, other) = calls
+    assert (seed, other) == (3, 1003)
+    assert ours[0] == theirs[0] == (2, 3) and ours[2:] == theirs[2:]
+    assert ours[1].settings() == theirs[1].settings()
+
+
+# searches
+
+
+@pytest.fixture
+def empty(tmp_path, monkeypatch):
+    monkeypatch.setenv("KDBOOK_RESULTS", str(tmp_path))
+    (tmp_path / "teacher").mkdir()
+    for name in TUNED:
+        (tmp_path / "teacher" / f"{name}.json").write_text("{}")
+    return tmp_path
+
+
+def pretend(course, method, lr, knobs, seed, score=0.5, **more):
+    line = dict(method=method, lr=lr, knobs=json.loads(knobs), seed=seed)
+    best = None if score is None else {"score": score}
+    append_record(race_file(course), line | {"best": best} | more, {"toy": course})
+
+
+def search(course, method, score):
+    while due := search_due(course, method):
+        for run in due:
+            pretend(course, *run, score=score(run[1], json.loads(run[2])))
+
+
+@pytest.mark.parametrize("peak", [1e-6, 5e-5, 1e-4, 1.6e-3, 1.0])
+def test_a_grid_grows_until_the_best_is_inside_or_it_has_had_enough(empty, peak):
+    search("movies-400", "alone", lambda lr, _: -abs(np.log(lr / peak)))
+    rates, best = rates_of("movies-400", "alone")
+    inside = 0 < rates.index(best) < len(rates) - 1
+    assert inside or len(rates) == MOST_RATES
+    assert len(rates) <= MOST_RATES and rates == sorted(rates)
+
+
+def test_a_rate_that_diverged_is_not_chosen(empty):
+    search("movies-400", "alone", lambda lr, _: None if lr > 1e-4 else 0.5)
+    assert chosen("movies-400", "alone")[0] < 1e-4  # of two equal ones the smaller
+
+
+def test_a_family_shares_its_rates_and_a_twin_its_knobs(empty):
+    assert search_due("movies-400", "null") == []
+    assert search_due("movies-400", "annealing_kd") == []  # waits for its family
+    search("movies-400", "hinton", lambda lr, k: lr + k["alpha"])
+    assert chosen("movies-400", "null") == chosen("movies-400", "hinton")
+    search("movies-400", "logit_mse_labels", lambda lr, _: -lr)
+    due = search_due("movies-400", "annealing_kd")
+    assert {run[1] for run in due} == {rates_of("movies-400", "logit_mse_labels")[1]}
+    assert len(due) == len(ENTRIES["annealing_kd"].knobs) * len(SEARCH)
+
+
+def test_what_is_due_is_searched_first_and_then_goes_seed_by_seed(empty):
+    methods = ("tfidf", "alone")
+    first = race.due("movies-400", methods)
+    assert {run[-1] for run in first} == {*SEARCH}
+    search("movies-400", "alone", lambda lr, _: -abs(np.log(lr / 1e-4)))
+    seeds = [run[-1] for run in race.due("movies-400", methods)]
+    assert seeds == sorted([*range(8)] * 2)
+    pretend("movies-400", "tfidf", None, "{}", 0)
+    assert report_due("movies-400", "tfidf", 0) == []
+
+
+def test_what_waits_for_a_teacher_is_left_out(empty):
+    (empty / "teacher" / "assistant-movies.json").unlink()
+    assert race.missing_teachers(("movies-400",), ("takd",)) == ["assistant-movies"]
+    search("movies-400", "hinton", lambda lr, k: -lr + k["alpha"])
+    assert race.due("movies-400", ("takd",)) == []
+    (empty / "teacher" / "mpnet-movies.json").unlink()
+    assert race.due("movies-400", ("alone",)) == []
+
+
+def test_the_grid_searches_once_for_each_number_of_labels(empty):
+    course = grid_name(250, 1000, "random", "minilm")
+    assert race.due(course, tuple(ENTRIES))
+    for text in GRID_TEXT:
+        other = grid_name(250, text, "random", "mpnet")
+        assert race.due(other, GRID_METHODS) == []  # waits
+    search(course, "hinton", lambda lr, k: -lr + k["alpha"])
+    other = grid_name(250, 0, "random", "mpnet")
+    assert chosen(other, "hinton") == chosen(course, "hinton")
+    assert {run[0] for run in race.due(other, tuple(ENTRIES))} == {"hinton"}
+
+
+def test_too_few_sound_students_make_no_comparison(empty, monkeypatch):
+    monkeypatch.setattr(
+        "kdbook.records.standings.labels_of", lambda *_: np.tile([0, 1], 50)
+    )
+    search("movies-400", "alone", lambda lr, _: -abs(np.log(lr / 1e-4)))
+    right = {"accuracy": 1.0, "largest": 0.5}
+    packed = race.pack(np.tile([0, 1], 50))
+    for seed in range(8):
+        floor = right | {"predictions": packed}
+        pretend("movies-400", "tfidf", None, "{}", seed, splits={"test": floor})
+        one = floor if seed < 3 else floor | {"largest": 1.0}
+        pretend("movies-400", "alone", 1e-4, "{}", seed, splits={"test": one})
+    assert difference("movies-400", "alone", "tfidf") is None
+    alone = rungs("movies-400", "tfidf")[-1]
+    assert (alone.seeds, alone.collapsed) == (3, 5)
+
+
+# the committed records
+
+
+def lines():
+    return [
+        (name, record)
+        for name in COURSES
+        for _, record in read_lines(race_file(name))[1:]
+    ]
+
+
+def test_records_are_what_would_be_run_today():
+    for course, line in lines():
+        keys = ("method", "lr", "knobs", "seed")
+        today = race.run_settings(course, *(line[key] for key in keys))
+        for key, value in json.loads(json.dumps(today)).items():
+            assert line[key] == value, (course, line["method"], key)
+
+
+def test_seeds_that_choose_are_never_scored_on_test_rows():
+    for course, line in lines():
+        assert (line["seed"] in SEARCH) == ("splits" not in line) or line.get(
+            "diverged"
+        )
+        assert rated(ENTRIES[line["method"]]) or line["method"] in ENTRIES
+        assert json.loads(knobs_text(line["knobs"])) == line["knobs"]
+
+
+TEACHERS = [n for n in TUNED if (results_dir() / "teacher" / f"{n}.json").exists()]
+
+
+@pytest.mark.parametrize("name", TEACHERS)
+def test_a_teachers_record_is_of_the_epoch_that_was_best(name):
+    from kdbook.data import load_task
+
+    path = results_dir() / "teacher" / name
+    record = json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))
+    tensors, task = load_file(path.with_suffix(".safetensors")), load_task("movies")
+    told = record["splits"]["validation"]["accuracy"]
+    assert told == pytest.approx(record["best"]["score"], abs=0.02)
+    rows = task["validation"]
+    place = {int(i): n for n, i in enumerate(tensors["idx"])}
+    index = [place[i] for i in rows["idx"]]
+    assert torch.equal(tensors["text_crc"][index], text_crc(rows))
+    right = tensors["teacher_logits"][index].argmax(-1) == torch.tensor(
+        rows["label"][:]
+    )
+    assert right.float().mean().item() == pytest.approx(told, abs=0.002)
+    trail = tensors["teacher_trail"].float()
+    apart = (trail[:, 1:] - trail[:, :-1]).abs().mean((0, 2))
+    assert (apart > 0.01).all()  # every place of the trail is another model
