@@ -44,7 +44,7 @@ def _race_arguments(race: "argparse.ArgumentParser") -> None:
         "--hours", type=float, default=math.inf, help="begin no run after so many"
     )
 
-
+# %% ../nbs/command_line.ipynb #a95be029
 def arguments() -> "argparse.ArgumentParser":
     "The command line."
     import argparse
@@ -138,7 +138,7 @@ def _workshop(args: "argparse.Namespace") -> None:
     else:
         run.run_ladder(args.method, args.setting, args.seeds, args.jobs)
 
-
+# %% ../nbs/command_line.ipynb #d1130e8e
 def main(
     argv: list[str] | None = None,  # default: those of the command
 ) -> int:  # exit code

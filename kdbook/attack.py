@@ -318,7 +318,7 @@ def _outcome(path: Path) -> list[dict[str, Any]] | None:
     except (OSError, ValueError, KeyError, TypeError):
         return None
 
-
+# %% ../nbs/attack.ipynb #2029b7f9
 def _check_attack(
     dataset: Any, candidates: int, similarity: float, max_queries: int
 ) -> None:

@@ -111,20 +111,22 @@ def dataset_of(
             return datasets.Dataset.from_dict(data)
     except (TypeError, ValueError, OSError) as e:  # of pyarrow
         raise ValueError(f"{name} cannot be read as columns: {e}") from e
+    raise ValueError(_no_rows(data, name, kind))
+
+# %% ../nbs/checks.ipynb #75d36d83
+def _no_rows(data: Any, name: str, kind: str) -> str:
+    "Why these are no rows, and what to give instead."
     if isinstance(data, dict):
-        first = next(iter(data))
-        raise ValueError(
-            f"{name} has splits ({', '.join(map(str, data))}): pick one, such as "
-            f"data[{first!r}]"
-        )
+        splits, first = ", ".join(map(str, data)), next(iter(data))
+        return f"{name} has splits ({splits}): pick one, such as data[{first!r}]"
     way_out = "Dataset.from_dict({'text': [...], 'label': [...]})"
     if isinstance(data, str):
         way_out = f"load_task({data!r}) or datasets.load_dataset(...) reads one"
     elif hasattr(data, "__getitem__") and hasattr(data, "__len__"):
         way_out = "Dataset.from_list([{'text': ..., 'label': ...} for ... in data])"
-    raise ValueError(f"{name} must be a datasets.Dataset, got {kind}: {way_out}")
+    return f"{name} must be a datasets.Dataset, got {kind}: {way_out}"
 
-
+# %% ../nbs/checks.ipynb #5d0f6ae1
 def _are_splits(data: dict[Any, Any]) -> bool:
     return bool(data) and any(hasattr(v, "column_names") for v in data.values())
 

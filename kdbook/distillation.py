@@ -135,7 +135,7 @@ def _place_among_processes() -> tuple[int, int]:  # rank, processes
         return 0, 1
     return distributed.get_rank(), distributed.get_world_size()
 
-
+# %% ../nbs/annotate.ipynb #ebb53b1f
 def _of_all(
     write: Callable[[int], Any], numbers: range, progress: bool, processes: int
 ) -> Iterator[Any]:
@@ -185,7 +185,7 @@ def _columns(
                 column[place] = row
     return {name: _joined(column) for name, column in out.items()}
 
-
+# %% ../nbs/annotate.ipynb #738a3c55
 def _one_shard(
     model: nn.Module, rows: Rows, shard: list, folder: Path | None, number: int
 ) -> tuple[list[int], dict[str, Any]]:
@@ -247,7 +247,7 @@ def _check_teacher(teacher: Any) -> None:
             f"teacher must be a PyTorch model or the name of a record, got {teacher!r}"
         )
 
-
+# %% ../nbs/annotate.ipynb #51b56edd
 def _folder(teacher: nn.Module, rows: Rows, batch_size: int, key: str) -> Path | None:
     "Where the cache keeps these answers; None for a teacher that has no identity."
     try:

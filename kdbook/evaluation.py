@@ -320,7 +320,7 @@ def _answers(student: nn.Module, rows: Any, batch_size: int) -> tuple[Tensor, Te
     logits = torch.cat(logits) if isinstance(logits, list) else logits
     return logits.flatten(0, -2), encoded.column("labels").flatten()
 
-
+# %% ../nbs/evaluation.ipynb #1ef6df12
 def evaluate(
     student: nn.Module,  # any classifier
     task: "datasets.DatasetDict",  # every split but train is scored; or rows, as one

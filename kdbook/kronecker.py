@@ -164,7 +164,7 @@ def several_factors(
     factors = [torch.as_tensor(np.array(part)).mul(share).T for part in parts]
     return [f.reshape(rank, *shape).to(weight) for f, shape in zip(factors, shapes)]
 
-
+# %% ../nbs/kronecker.ipynb #d234196b
 def _parafac(cube: np.ndarray, rank: int, sweeps: int, seed: int) -> tuple:
     "Scales, and factors as columns; a cube of lower rank gets products of nothing."
     parafac = need("tensorly.decomposition").parafac
@@ -653,7 +653,7 @@ def replace_layers(
         setattr(model.get_submodule(parent), child, layer)
     return model
 
-
+# %% ../nbs/kronecker.ipynb #8e6f7be8
 def _share(layer: nn.Module, key: int, factors: dict[int, tuple]) -> None:
     "Give a layer the factors of the first one with its weight."
     place, names = layer, ("a", "b")
@@ -733,7 +733,7 @@ class _Product(nn.Module):
     def right_inverse(self, weight: Tensor) -> tuple[Tensor, Tensor]:
         return tuple(nearest_kronecker(weight, self.shape_a, self.rank))
 
-
+# %% ../nbs/kronecker.ipynb #4af8795b
 def _parametrized(
     layer: nn.Module, shape_a: list[int], rank: int, decompose: bool
 ) -> nn.Module:

@@ -104,7 +104,7 @@ class KroneckerBertConfig(BertConfig):
         spec = kronecker or {}
         self.kronecker = {pattern: list(entry) for pattern, entry in spec.items()}
 
-
+# %% ../nbs/kronecker_bert.ipynb #7b676dd3
 class _Compressed:
     """A BERT whose layers are replaced as its configuration says.
 

@@ -366,7 +366,7 @@ def out_of_fold(
         out[inside] = logits
     return with_column(dataset, "teacher_oof_logits", out)
 
-
+# %% ../nbs/noisy_label_kd.ipynb #c0cd74af
 def _widened(logits: Tensor, classes: int) -> Tensor:  # (rows, classes)
     "Logits with columns for classes that the model did not know."
     missing = classes - logits.shape[1]

@@ -563,7 +563,7 @@ def logits_on_rows(
     tokens = ("logits",) if read is logits_of else ()
     return run_batches(model, rows, batches, named, progress, tokens)["logits"]
 
-
+# %% ../nbs/rows.ipynb #16d3e6bb
 def predict_logits(
     model: nn.Module,  # put into evaluation mode for the call, and back
     dataset: "datasets.Dataset",  # rows with text, tokens or pixels

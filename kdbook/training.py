@@ -412,7 +412,7 @@ def _offered_weights(loop: _Loop) -> Iterator[bool]:
     yield True
     loop.bare().load_state_dict(own)
 
-
+# %% ../nbs/training.ipynb #8817dcb5
 class _Reader(nn.Module):
     "A student that is called with a batch."
 
@@ -639,7 +639,7 @@ def _accelerator(mixed_precision: str) -> Iterator[Any]:
             state.clear()
             state.update(before)
 
-
+# %% ../nbs/training.ipynb #3fe65c01
 @contextmanager
 def _alone_in(folder: Path | None, accelerator: Any) -> Iterator[None]:
     "Raise `ValueError` where another run has the checkpoint folder."
@@ -666,7 +666,7 @@ def _held(student: nn.Module) -> list[str]:
     parts = student.named_modules() if student.training else ()
     return [name for name, part in parts if not part.training]
 
-
+# %% ../nbs/training.ipynb #fb97baed
 def _copy_of(
     student: nn.Module, tokenizer: Any, max_length: int | None, inputs: Any, train: Any
 ) -> nn.Module:
@@ -688,6 +688,19 @@ def _copy_of(
         config.id2label = dict(enumerate(names))
         config.label2id = {name: i for i, name in enumerate(names)}
     return student
+
+# %% ../nbs/training.ipynb #bcd89f26
+def _encoded(
+    student: nn.Module, recipe: Recipe, train: Any, validation: Any, metric: Any
+) -> tuple[Rows, Rows | None]:
+    "Both kinds of rows as the student reads them. Raises `ValueError`."
+    rows, held_out = encoded_rows(train, student, _columns_read(recipe)), None
+    if validation is not None:
+        held_out = encoded_rows(validation, student, ("label",))
+    check_columns(student, train, validation, rows)
+    if held_out is not None:
+        check_metric(metric, student, held_out)
+    return rows, held_out
 
 # %% ../nbs/training.ipynb #603f8717
 def fit(
@@ -723,17 +736,9 @@ def fit(
     check_inputs(inputs, train)
     folder = checkpoint_folder(checkpoint)
     with _accelerator(mixed_precision) as accelerator, _alone_in(folder, accelerator):
-        held, student = (
-            _held(student),
-            _copy_of(student, tokenizer, max_length, inputs, train),
-        )
-        rows = encoded_rows(train, student, _columns_read(recipe))
-        held_out = None
-        if validation is not None:
-            held_out = encoded_rows(validation, student, ("label",))
-        check_columns(student, train, validation, rows)
-        if held_out is not None:
-            check_metric(metric, student, held_out)
+        held = _held(student)
+        student = _copy_of(student, tokenizer, max_length, inputs, train)
+        rows, held_out = _encoded(student, recipe, train, validation, metric)
         # before it is wrapped for several processes
         known = identity(student, "the student", key) if folder else ""
         loop = _Loop(

@@ -241,6 +241,7 @@ INSIDE = {  # and what inside functions only
     **{name: "distillation" for name in TECHNIQUES},  # to write a column of its own
     "evaluation": "data",  # the out-of-domain sets of a task
     "records.ladder": "plots",
+    "records.standings": "plots",
     "benchmark": "lab",
     "__main__": "lab",
 }

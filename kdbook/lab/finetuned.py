@@ -108,6 +108,33 @@ def _columns(
 def _names(task: "datasets.DatasetDict") -> list[str]:
     return task["train"].column_names
 
+# %% ../../nbs/lab_finetuned.ipynb #f25a2194
+def _inside_scores(
+    task: "datasets.DatasetDict", splits: list[str], columns: dict[str, Tensor]
+) -> dict[str, Any]:
+    "Scores of the splits that were written on, layers included."
+    found, start = {}, 0
+    for split in splits:
+        part = slice(start, start + len(task[split]))
+        labels, start = torch.tensor(task[split]["label"][:]), part.stop
+        layers = columns["teacher_pseudo_logits"][part].unbind(1)
+        found[split] = {
+            **_scores(columns["teacher_logits"][part], labels),
+            "layers": [_scores(each, labels) for each in layers],
+        }
+    return found
+
+
+def _store_tensors(
+    columns: dict[str, Tensor], rows: Any, trail: Trail, path: Path
+) -> None:
+    tensors = {name: each.half().contiguous() for name, each in columns.items()}
+    tensors["idx"] = torch.tensor(rows["idx"][:])
+    tensors["text_crc"] = text_crc(rows)
+    tensors["trail_steps"] = torch.tensor(trail.steps)
+    save_tensors(tensors, path)
+    path.chmod(0o644)
+
 # %% ../../nbs/lab_finetuned.ipynb #fc309c99
 def write_answers(
     name: str,  # a key of TUNED
@@ -127,15 +154,7 @@ def write_answers(
             for split in task
             if split not in inside
         }
-    splits, start = {}, 0
-    for split in inside:
-        part = slice(start, start + len(task[split]))
-        labels, start = torch.tensor(task[split]["label"][:]), part.stop
-        layers = columns["teacher_pseudo_logits"][part].unbind(1)
-        splits[split] = {
-            **_scores(columns["teacher_logits"][part], labels),
-            "layers": [_scores(each, labels) for each in layers],
-        }
+    splits = _inside_scores(task, inside, columns)
     for split, logits in outside.items():
         labels = torch.tensor(task[split]["label"][:])
         splits[split] = _scores(torch.tensor(logits[:]), labels)
@@ -146,12 +165,7 @@ def write_answers(
             f"what it writes scores {said:.3f}"
         )
     path = results_dir() / "teacher" / f"{name}.json"
-    tensors = {name: each.half().contiguous() for name, each in columns.items()}
-    tensors["idx"] = torch.tensor(rows["idx"][:])
-    tensors["text_crc"] = text_crc(rows)
-    tensors["trail_steps"] = torch.tensor(trail.steps)
-    save_tensors(tensors, path.with_suffix(".safetensors"))
-    path.with_suffix(".safetensors").chmod(0o644)
+    _store_tensors(columns, rows, trail, path.with_suffix(".safetensors"))
     record = {
         "teacher": asdict(TUNED[name]),
         "best": run.best,

@@ -251,7 +251,7 @@ def _frozen(course: Course, rows: Any, known: list[int]) -> tuple[Any, dict[str,
     others = {s: scale.transform(x) for s, x in found.items() if s != "train"}
     return scale.transform(seen), others
 
-
+# %% ../../nbs/lab_race.ipynb #9ee47563
 def floor_logits(
     name: str,  # a key of FLOORS
     course: Course,  # says which rows
@@ -330,6 +330,24 @@ def train_one(
     order = seed + 1000 if method == "null" else seed
     return fit(net, recipe, rows, task["validation"], seed=order, progress=False)
 
+# %% ../../nbs/lab_race.ipynb #b4a3f1a4
+def _test_scores(
+    course: Course,  # any
+    said: Any,  # a student, or logits of every split
+) -> dict[str, Any]:  # for a line
+    "Scores on every split, and how far the teacher is followed."
+    task, _, test = annotated(course.task, course.teacher)
+    splits = [split for split in task if split != "train"]
+    if isinstance(said, nn.Module):
+        said = {s: predict_logits(said, task[s], progress=False) for s in splits}
+    labels = {split: torch.tensor(task[split]["label"][:]) for split in splits}
+    told = torch.tensor(test["teacher_logits"][:])
+    return {
+        "splits": {split: _scores(said[split], labels[split]) for split in splits},
+        "teacher_agreement": agreement(said["test"], told),
+        "teacher_accuracy": accuracy(told, labels["test"]),
+    }
+
 # %% ../../nbs/lab_race.ipynb #1e546f5e
 def run_one(
     course_name: str,  # a key of COURSES
@@ -342,31 +360,21 @@ def run_one(
     torch.set_num_threads(1)  # the same bits however many runs share the machine
     course, started = COURSES[course_name], time.perf_counter()
     record = run_settings(course_name, method, lr, json.loads(knobs), seed)
+    said = None
     if method in FLOORS:
-        logits = floor_logits(method, course, seed)
+        said = floor_logits(method, course, seed)
     else:
         try:
             run = train_one(course, method, lr, json.loads(knobs), seed)
-            record["best"], logits = run.best, None
+            record["best"], said = run.best, run.student
         except FloatingPointError as e:
             record |= {"best": None, "diverged": str(e)}
-            logits = {}
     trained = time.perf_counter()
     record["seconds"] = round(trained - started, 1)
     record["provenance"] = provenance()
-    if seed in SEARCH or logits == {}:
+    if seed in SEARCH or said is None:
         return record
-    task, _, test = annotated(course.task, course.teacher)
-    splits = [split for split in task if split != "train"]
-    if logits is None:
-        said = lambda split: predict_logits(run.student, task[split], progress=False)
-        logits = {split: said(split) for split in splits}
-    labels = {split: torch.tensor(task[split]["label"][:]) for split in splits}
-    record["splits"] = {s: _scores(logits[s], labels[s]) for s in splits}
-    told = torch.tensor(test["teacher_logits"][:])
-    record["teacher_agreement"] = agreement(logits["test"], told)
-    record["teacher_accuracy"] = accuracy(told, labels["test"])
-    return record
+    return record | _test_scores(course, said)
 
 # %% ../../nbs/lab_race.ipynb #9fd2d70c
 def due(
@@ -405,7 +413,7 @@ def _store(course: str, record: dict[str, Any]) -> None:
     header = {"course": {"name": course, **asdict(COURSES[course])}}
     append_record(race_file(course), record, header)
 
-
+# %% ../../nbs/lab_race.ipynb #f459629b
 def run_race(
     courses: tuple[str, ...],  # keys of COURSES, the most important first
     methods: tuple[str, ...] = tuple(ENTRIES),  # keys of ENTRIES

@@ -94,7 +94,7 @@ def rates_of(
             return rates, rates[best]
         rates = [rates[0] / 2, *rates] if best == 0 else [*rates, rates[-1] * 2]
 
-
+# %% ../../nbs/records_standings.ipynb #4a72edc5
 def chosen(
     course: str,  # a key of COURSES
     method: str,  # a key of ENTRIES
@@ -180,7 +180,7 @@ def reported(
     runs = runs_of(course, method).items()
     return {key[2]: r for key, r in runs if key[:2] == wanted and key[2] not in SEARCH}
 
-
+# %% ../../nbs/records_standings.ipynb #bd845f0e
 def _sound(line: dict[str, Any], method: str) -> bool:
     "Whether a student came to an end, and to more than one answer."
     if "splits" not in line:

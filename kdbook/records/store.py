@@ -71,7 +71,7 @@ def _parsed(path: Path, state: tuple[int, int]) -> list[tuple[str, dict[str, Any
     texts = path.read_text(encoding="utf-8").split("\n")[:-1]
     return [(text, _record_of(path, n, text)) for n, text in enumerate(texts, 1)]
 
-
+# %% ../../nbs/records_store.ipynb #8d845549
 def read_lines(
     path: Path,  # a .jsonl file under `results_dir()`; need not exist
 ) -> list[tuple[str, dict[str, Any]]]:  # text and record, the header first; not to edit
