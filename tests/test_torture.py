@@ -20,6 +20,7 @@ def test_nothing_breaks(kind):
         env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
         capture_output=True,
         text=True,
+        timeout=600,
     )
     assert done.returncode == 0, done.stdout + done.stderr
     assert f"{ROUNDS[kind]} rounds in" in done.stdout
