@@ -26,6 +26,7 @@ from kdbook.records.standings import (
     difference,
     knobs_text,
     race_file,
+    race_table,
     rates_of,
     report_due,
     rungs,
@@ -186,6 +187,11 @@ def test_too_few_sound_students_make_no_comparison(empty, monkeypatch):
     assert difference("movies-400", "alone", "tfidf") is None
     alone = rungs("movies-400", "tfidf")[-1]
     assert (alone.seeds, alone.collapsed) == (3, 5)
+    for seed in range(3):
+        one = right | {"predictions": packed, "largest": 1.0}
+        pretend("movies-400", "alone", 1e-4, "{}", seed, splits={"test": one})
+    table = race_table("movies-400", "tfidf")
+    assert table.loc["student alone", "test, %"] == "all collapsed"
 
 
 # the committed records

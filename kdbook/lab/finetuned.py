@@ -91,7 +91,11 @@ def _columns(
     "The rows of some splits, and what the teacher writes about them."
     from datasets import concatenate_datasets
 
-    keep = ["idx", "label", *(n for n in ("text", "text_pair") if n in _names(task))]
+    keep = [
+        "idx",
+        "label",
+        *(n for n in ("text", "text_pair") if n in task["train"].features),
+    ]
     rows = concatenate_datasets([task[s].select_columns(keep) for s in splits])
     places = annotate_trail(rows, run.student, trail, cache=False)["teacher_trail"]
     written = annotate(rows, run.student, cache=False)["teacher_logits"]
@@ -103,10 +107,6 @@ def _columns(
         "teacher_pseudo_logits": layers,
     }
     return rows, {name: torch.tensor(values[:]) for name, values in columns.items()}
-
-
-def _names(task: "datasets.DatasetDict") -> list[str]:
-    return task["train"].column_names
 
 # %% ../../nbs/lab_finetuned.ipynb #f25a2194
 def _inside_scores(

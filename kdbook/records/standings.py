@@ -282,7 +282,7 @@ def race_table(
         rows.append(
             {
                 "method": r.title,
-                "test, %": f"{100 * r.accuracy['test']:.1f} ± {100 * r.spread:.1f}",
+                "test, %": _test_cell(r),
                 f"over {ENTRIES[base].title}": gain,
                 "after Holm": clear,
                 **{
@@ -311,6 +311,13 @@ def could_have_seen(
         return ""
     low, high, middle = halves[0], halves[-1], np.median(halves)
     return f"could have seen {middle:.1f} points ({low:.1f} to {high:.1f})"
+
+# %% ../../nbs/records_standings.ipynb #67b2b576
+def _test_cell(r: Rung) -> str:
+    "A rung's test accuracy; a rung of collapsed students has none."
+    if not r.seeds:
+        return "all collapsed"
+    return f"{100 * r.accuracy['test']:.1f} ± {100 * r.spread:.1f}"
 
 # %% ../../nbs/records_standings.ipynb #fde58caf
 def grid_gains(
