@@ -131,6 +131,18 @@ def _are_splits(data: dict[Any, Any]) -> bool:
     return bool(data) and any(hasattr(v, "column_names") for v in data.values())
 
 # %% ../nbs/checks.ipynb #fdb2fd25
+def _check_several(label: Any, outputs: int, where: str) -> None:
+    "Raise `ValueError` for what does not say yes or no to each class."
+    if len(label) != outputs:
+        raise ValueError(
+            f"{where}: {len(label)} answers, but the model has {outputs} outputs; give "
+            "0.0 or 1.0 for each"
+        )
+    for each in label:
+        if each not in (0, 1, -100):
+            raise ValueError(f"{where}: {each!r} is neither 0.0 nor 1.0 nor -100")
+
+# %% ../nbs/checks.ipynb #b3cd6da6
 def check_labels(
     values: Any,  # one label per row, or a list per row
     outputs: int | None,  # of the model; None: not known yet
@@ -138,9 +150,15 @@ def check_labels(
 ) -> None:
     """Raise `ValueError` naming the first label that the model cannot have.
 
-    -100 marks what has none. A model with a single output takes any finite number."""
+    -100 marks what has none. A model with a single output takes any finite number; a
+    list of floats says yes or no to each class."""
     for number, label in enumerate(values):
-        for each in label if isinstance(label, (list, tuple)) else [label]:
+        inside = label if isinstance(label, (list, tuple)) else [label]
+        several = inside is label and any(isinstance(each, float) for each in label)
+        if several and outputs is not None:
+            _check_several(label, outputs, f"label {label!r} in row {number} of {what}")
+            continue
+        for each in inside:
             where = f"label {each!r} in row {number} of {what}"
             if isinstance(each, str):
                 way_out = "dataset.class_encode_column('label')"

@@ -12,7 +12,7 @@ import math
 import os
 import random
 from pathlib import Path
-from typing import Iterable
+from typing import Any, Iterable, Sequence
 
 from kdbook.archives import (  # noqa: F401  where they used to be
     ARCHIVES,
@@ -398,18 +398,37 @@ def _load_hub(
     }
     return _in_order(splits)
 
+# %% ../nbs/data.ipynb #8d0605dc
+def _load_named(folder: Path, text: Any, label: str | None) -> "datasets.DatasetDict":
+    "The tables of a folder, one a split, with these columns."
+
+    from kdbook.own_data import read_table
+
+    splits, classes = {}, None
+    paths = {path.stem: path for path in sorted(folder.iterdir()) if path.is_file()}
+    for split in ("train", *paths):
+        if split in paths and split not in splits:
+            table = read_table(paths[split], text, label, classes)
+            splits[split], classes = table.rows, classes or table.classes
+    if not splits:
+        raise FileNotFoundError(f"{folder} holds no files")
+    return _in_order(splits)
+
 # %% ../nbs/data.ipynb #6f7873fa
 def load_task(
     name: str,  # "movies", "characters", "digits", a GLUE task, or a set in `data_dir`
     data_dir: str | Path | None = None,  # folder with NAME/SPLIT.parquet
     seed: int = 0,  # picks the split of movies, characters and digits
+    text: str | Sequence[str] | None = None,  # column with text, or two for pairs
+    label: str | None = None,  # column with labels, in a set of your own
 ) -> "datasets.DatasetDict":  # train, validation, test, then out-of-domain splits
     """The splits of a task: `idx`, `text` (and `text_pair`) or `pixel_values`, `label`.
 
-    Without `data_dir`, GLUE and other sets are read from the folder KDBOOK_DATA, and
-    where that is not set, GLUE from the Hub. Raises `ValueError` for an unknown name,
-    `FileNotFoundError` for a set that the folder lacks, and `FetchError` if nothing can
-    be fetched."""
+    Files of a set of your own may be csv, json or parquet, with columns of any name
+    ([Your own data](own_data.ipynb)). Without `data_dir`, GLUE and other sets are read
+    from the folder KDBOOK_DATA, and where that is not set, GLUE from the Hub. Raises
+    `ValueError` for an unknown name, `FileNotFoundError` for a set that the folder
+    lacks, and `FetchError` if nothing can be fetched."""
     need("datasets", "train")
     own = dict(movies=_load_movies, characters=_load_characters, digits=_load_digits)
     if name in own:
@@ -427,6 +446,8 @@ def load_task(
     if name not in (*GLUE, *inside):
         known = dict.fromkeys((*own, *GLUE, *inside))
         raise ValueError(f"unknown task {name!r}; there are {', '.join(known)}")
+    if root and (text or label):
+        return _load_named(root / name, text, label)
     return _load_folder(name, root) if root else _load_hub(name)
 
 # %% ../nbs/data.ipynb #2e649817

@@ -280,39 +280,71 @@ def _chosen(
         weights[name] = weight
     return weights
 
-# %% ../nbs/models.ipynb #0650a063
-def student_from(
-    source: nn.Module | str | Path = "minilm",  # a model, or a name as in `teacher`
-    layers: int | Sequence[int] = 3,  # the first so many, or their numbers from 0
-    num_labels: int = 2,  # outputs of the head, which is new
-    freeze_embeddings: bool = True,  # word embeddings are not trained; positions are
-    seed: int = 0,  # of the head; PyTorch's own generator is left alone
-):  # Hugging Face classifier with a `.tokenizer`; float32, evaluation mode
-    """Some layers of a pretrained encoder, with its embeddings, under a new head.
-
-    The source is left as it is. Raises `ValueError` for layers it does not have, and
-    for a model whose layers cannot be found."""
-    in_range("1..", num_labels=num_labels)
-    whole = source if isinstance(source, nn.Module) else teacher(source)
-    if not hasattr(whole, "base_model"):
-        raise ValueError(f"{type(whole).__qualname__} is no model of Transformers")
-    encoder, depth = whole.base_model, whole.config.num_hidden_layers
+# %% ../nbs/models.ipynb #0545bf45
+def _layer_numbers(layers: int | Sequence[int], depth: int) -> tuple[int, ...]:
+    "The chosen layers' numbers. Raises `ValueError` for those that are not there."
     chosen = tuple(range(layers) if isinstance(layers, int) else layers)
     if not chosen or len({*chosen} & {*range(depth)}) < len(chosen):
         raise ValueError(
             f"layers must be 1 to {depth}, or different numbers from 0 to {depth - 1}; "
             f"got {layers!r}"
         )
-    weights, config = _chosen(encoder, chosen), deepcopy(whole.config)
-    config.num_labels, config.num_hidden_layers = num_labels, len(chosen)
+    return chosen
+
+
+def _smaller_config(whole: nn.Module, chosen: tuple[int, ...], outputs: int | None):
+    "The configuration of a model with these layers. Raises `ValueError`."
+    config = deepcopy(whole.config)
+    config.num_hidden_layers = len(chosen)
+    if outputs is not None:
+        config.num_labels = outputs
+    elif whole.base_model is whole:
+        kind = type(whole).__qualname__
+        raise ValueError(f"{kind} has no head: give num_labels for a new one")
     if getattr(config, "layer_types", None):  # as long as there are layers
         config.layer_types = [whole.config.layer_types[i] for i in chosen]
+    return config
+
+
+def _take_over(model: nn.Module, whole: nn.Module, chosen: tuple[int, ...]) -> None:
+    "Give a smaller model the encoder of a whole one. Raises `ValueError`."
+    body, weights = model.base_model, _chosen(whole.base_model, chosen)
+    kept = {n: w for n, w in weights.items() if n in body.state_dict()}
+    found = body.load_state_dict(kept, strict=False)
+    # a pooler is part of a head that is new
+    if lost := [name for name in found.missing_keys if "pooler" not in name]:
+        raise ValueError(f"{type(whole).__qualname__} has no weights for {lost[0]!r}")
+
+# %% ../nbs/models.ipynb #0650a063
+def student_from(
+    source: nn.Module | str | Path = "minilm",  # a model, or a name as in `teacher`
+    layers: int | Sequence[int] = 3,  # the first so many, or their numbers from 0
+    num_labels: int | None = None,  # of a new head; None: the source's own head
+    freeze_embeddings: bool = True,  # word embeddings are not trained; positions are
+    seed: int = 0,  # of the head; PyTorch's own generator is left alone
+):  # Hugging Face classifier with a `.tokenizer`; float32, evaluation mode
+    """Some layers of a pretrained model, with its embeddings and its head.
+
+    With `num_labels`, a classifier under a new head. The source is left as it is.
+    Raises `ValueError` for layers it does not have, for a model whose layers cannot be
+    found, and for one without a head where none is asked for."""
+    if num_labels is not None:
+        in_range("1..", num_labels=num_labels)
+    whole = source if isinstance(source, nn.Module) else teacher(source, seed=seed)
+    if not hasattr(whole, "base_model"):
+        raise ValueError(f"{type(whole).__qualname__} is no model of Transformers")
+    chosen = _layer_numbers(layers, whole.config.num_hidden_layers)
+    config = _smaller_config(whole, chosen, num_labels)
     auto = need("transformers", "train").AutoModelForSequenceClassification
+    make = type(whole)._from_config if num_labels is None else auto.from_config
     attention = whole.config._attn_implementation
     with seeded(seed), torch.device("cpu"):
-        model = auto.from_config(config, attn_implementation=attention).float()
-    body = model.base_model
-    body.load_state_dict({n: w for n, w in weights.items() if n in body.state_dict()})
+        model = make(config, attn_implementation=attention).float()
+    _take_over(model, whole, chosen)
+    if num_labels is None:
+        inside = f"{whole.base_model_prefix}."
+        head = {n: w for n, w in whole.state_dict().items() if not n.startswith(inside)}
+        model.load_state_dict(head, strict=False)
     model.get_input_embeddings().weight.requires_grad_(not freeze_embeddings)
     model.tokenizer = getattr(whole, "tokenizer", None)
     return model.eval()

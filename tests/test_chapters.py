@@ -28,6 +28,7 @@ PLACES = re.compile(
     + r"|/home/|/Users/|[A-Z]:\\Users|site-packages|ipykernel_\d+|\bat 0x[0-9a-f]{6,}"
 )
 FREE_TO_IMPORT = {"kdbook.plots", "kdbook.widgets", "kdbook.kronecker_bert"}
+FREE_TO_IMPORT |= {"kdbook.hf"}
 HEAVY = (
     "transformers datasets accelerate matplotlib ipywidgets IPython pandas sklearn "
     "scipy tensorly fastcore nbdev"
@@ -200,6 +201,8 @@ FLOORS = {
     "kdbook.plots kdbook.widgets": "pictures",
     "kdbook.records.settings kdbook.records.store kdbook.records.ladder": "records",
     "kdbook.records.race kdbook.records.standings": "records",
+    "kdbook.own_data kdbook.tokens kdbook.deliver kdbook.hf": "own",
+    "kdbook.commands kdbook.compare": "own",
     "kdbook.benchmark kdbook.__main__": "doors",
     "kdbook kdbook.records kdbook.lab": "folders",
 }
@@ -212,6 +215,7 @@ MAY_IMPORT = {
     "techniques": "folders files tools",
     "pictures": "folders files",
     "records": "folders files records",
+    "own": "folders files tools foundations measures techniques records own",
     "doors": "folders files tools records",
     "lab": "folders files tools foundations measures techniques pictures records lab",
     "folders": "",
@@ -235,11 +239,14 @@ PAIRS = {  # module -> what it may import besides
     "records.standings": "evaluation",
     "data": "archives",
     "models": "archives",
-    "__main__": "archives",
+    "distillation": "recipes",  # `live` is an objective
+    "__main__": "archives own evaluation",
 }
 INSIDE = {  # and what inside functions only
     **{name: "distillation" for name in TECHNIQUES},  # to write a column of its own
     "evaluation": "data",  # the out-of-domain sets of a task
+    "training": "evaluation",  # scores by name
+    "data": "own",  # tables with columns of any name
     "records.ladder": "plots",
     "records.standings": "plots",
     "benchmark": "lab",

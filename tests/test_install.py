@@ -24,7 +24,12 @@ from kdbook.files import need
 ROOT = check_install.ROOT
 EXTRAS = ("train", "book", "jupyter", "dev")  # each holds those before it
 # What may import more than NumPy and PyTorch at once, and the extra that brings it.
-AT_IMPORT = {"plots": "book", "widgets": "book", "kronecker_bert": "train"}
+AT_IMPORT = {
+    "plots": "book",
+    "widgets": "book",
+    "kronecker_bert": "train",
+    "hf": "train",
+}
 BRINGS = packages_distributions()  # import name -> distributions, as installed here
 SETTINGS = ConfigParser(delimiters=["="])
 SETTINGS.read(ROOT / "settings.ini", encoding="utf-8")

@@ -7,6 +7,7 @@ from copy import deepcopy
 
 import pytest
 import torch
+import transformers
 from helpers import same
 from torch.testing import assert_close
 
@@ -19,6 +20,7 @@ from kdbook.models import (
     num_parameters,
     pca_embeddings,
     student,
+    student_from,
     teacher,
 )
 
@@ -309,3 +311,71 @@ def test_all_models_say_their_number_of_labels():
         assert make(num_labels=3).num_labels == 3
     assert {*models.__all__} >= {make.__name__ for make in MODELS.values()}
     assert {*models.__all__} >= {"load_tokenizer", "num_parameters"}
+
+
+SMALL = dict(
+    vocab_size=60,
+    hidden_size=16,
+    num_hidden_layers=4,
+    num_attention_heads=2,
+    intermediate_size=32,
+    num_labels=3,
+    pad_token_id=1,
+    bos_token_id=2,
+    eos_token_id=2,
+)
+FAMILIES = {
+    "Bert": SMALL,
+    "Roberta": SMALL,
+    "Electra": {**SMALL, "embedding_size": 8},
+    "MPNet": SMALL,
+    "DistilBert": dict(
+        vocab_size=60, dim=16, n_layers=4, n_heads=2, hidden_dim=32, num_labels=3
+    ),
+    "ModernBert": {**SMALL, "cls_token_id": 2, "sep_token_id": 3},
+    "GPT2": dict(
+        vocab_size=60, n_embd=16, n_layer=4, n_head=2, num_labels=3, pad_token_id=1
+    ),
+}
+
+
+@pytest.mark.parametrize(
+    "head", ["ForSequenceClassification", "ForTokenClassification"]
+)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_layers_of_a_family_with_its_head(family, head):
+    hf = transformers
+    torch.manual_seed(0)
+    kind = getattr(hf, family + head)
+    whole = kind(
+        getattr(hf, f"{family}Config")(**FAMILIES[family], initializer_range=0.3)
+    ).eval()
+    ids = torch.tensor([[2, 5, 9, 11, 2], [2, 7, 6, 1, 1]])
+    batch = {"input_ids": ids, "attention_mask": (ids != 1).long()}
+    with torch.no_grad():
+        wanted = whole(**batch).logits
+        same = student_from(whole, layers=4)(**batch).logits
+        torch.testing.assert_close(same, wanted, rtol=0, atol=1e-6)
+        two = student_from(whole, layers=(0, 2))
+        assert type(two) is kind and two.config.num_hidden_layers == 2
+        assert not torch.allclose(two(**batch).logits, wanted, atol=1e-4)
+        new = student_from(whole, layers=1, num_labels=5)
+        assert new(**batch).logits.shape == (2, 5)
+    mine, all_of_them = (dict(m.named_parameters()) for m in (two, whole))
+    assert mine.keys() < all_of_them.keys()
+
+
+def test_layers_of_a_language_model_with_its_output():
+    config = transformers.GPT2Config(
+        vocab_size=60, n_embd=16, n_layer=3, n_head=2, bos_token_id=2, eos_token_id=2
+    )
+    torch.manual_seed(0)
+    whole = transformers.GPT2LMHeadModel(config).eval()
+    ids = torch.tensor([[2, 5, 9]])
+    with torch.no_grad():
+        same, wanted = (
+            m(input_ids=ids).logits for m in (student_from(whole, 3), whole)
+        )
+    torch.testing.assert_close(same, wanted, rtol=0, atol=1e-6)
+    two = student_from(whole, layers=2)
+    assert two.lm_head.weight is two.transformer.wte.weight

@@ -4,8 +4,6 @@ import re
 
 import pytest
 import readme_table
-import torch
-from torch import nn
 
 from kdbook.records.store import study_records
 
@@ -37,34 +35,6 @@ def test_files_and_targets_exist():
     makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
     for target in set(re.findall(r"`?make (book|test|lab|help)\b", README)):
         assert f"\n{target}:" in makefile, target
-
-
-class OneLayer(nn.Module):
-    "A model of one line, with logits where a reader's model has them."
-
-    def __init__(self):
-        super().__init__()
-        self.net = nn.Linear(4, 2)
-
-    def forward(self, input_ids, attention_mask):
-        return type("Output", (), {"logits": self.net(input_ids)})
-
-
-def test_the_loop_runs():
-    "The code under 'In your own code', as printed."
-    torch.manual_seed(0)
-    model = OneLayer()
-    batch = dict(
-        input_ids=torch.randn(8, 4),
-        attention_mask=torch.ones(8, 4),
-        teacher_logits=torch.randn(8, 2),
-    )
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    scope = dict(model=model, loader=[batch], optimizer=optimizer)
-    before = model.net.weight.clone()
-    blocks = re.findall(r"```python\n(.*?)```", README, re.S)
-    exec(next(block for block in blocks if "temperature_schedule" in block), scope)
-    assert not torch.equal(model.net.weight, before) and scope["loss"].isfinite()
 
 
 def mean_accuracy(size):

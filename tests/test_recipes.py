@@ -84,6 +84,8 @@ def test_shared_arguments_mean_the_same_everywhere(name):
 # what a recipe calls by another name, or makes from several arguments
 OTHER_NAMES = {"lr": "generator_lr"}
 MADE_HERE = {"adversary"}
+# options of the label loss belong to an objective that is made by hand
+MADE_HERE |= {"label_smoothing", "class_weights"}
 
 
 @each_recipe

@@ -111,6 +111,7 @@ TAKES_ROWS = {
 }
 # what means something else for one of them
 FINE = {("fit, validation", "nothing"), ("fit, validation", "transform")}
+FINE |= {("annotate", "stream")}
 
 
 @pytest.mark.parametrize("kind", NOT_ROWS)
@@ -178,7 +179,7 @@ FIT = {
     ),
     "metric by name": (
         lambda: train(validation=ROWS, metric="f1"),
-        "metric must be a function.*got 'f1'",
+        "metric 'f1' is of two classes.*take 'f1_macro'",
     ),
     "metric of many": (
         lambda: train(validation=ROWS, metric=lambda *_: {"f1": 1.0}),

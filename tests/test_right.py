@@ -173,16 +173,14 @@ def test_class_names_go_with_the_student():
     ).student.config.id2label == {0: "no", 1: "yes"}
 
 
-@pytest.mark.parametrize("act", ["annotate", "fit", "evaluate"])
+@pytest.mark.parametrize("act", ["fit", "evaluate"])
 @pytest.mark.parametrize("names, warned", NAMES)
 def test_classes_in_another_order_are_told(act, names, warned):
     model, data = bert(), named(names)
     model.config.id2label = {0: "yes", 1: "no"}
     with warnings.catch_warnings(record=True) as seen:
         warnings.simplefilter("always")
-        if act == "annotate":
-            annotate(data, model, cache=False, progress=False)
-        elif act == "fit":
+        if act == "fit":
             fit(model, short, data, progress=False)
         else:
             evaluate(model, DatasetDict(test=data))

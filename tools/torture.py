@@ -20,6 +20,7 @@ import resource
 import signal
 import sys
 import tempfile
+import threading
 import time
 import traceback
 import warnings
@@ -29,6 +30,7 @@ from pathlib import Path
 
 import torch
 from datasets import Dataset, disable_progress_bars
+from tqdm import tqdm
 
 from kdbook import archives, reweighted_kd, swa
 from kdbook.checkpoints import load_checkpoint, save_checkpoint
@@ -214,11 +216,7 @@ def flip_record(rng, place):
         line = {"method": "a", "seed": seed, "score": rng.random(), "knobs": {"t": 2.0}}
         store.append_record(path, line, {"about": "torture"})
     wanted = [record for _, record in store.read_lines(path)]
-    whole = path.read_bytes()
-    first = whole.index(b"\n") + 1
-    content = bytearray(whole)
-    content[rng.randrange(first, len(content))] ^= 1 << rng.randrange(8)
-    path.write_bytes(content)
+    flipped(path, rng)
     found = lambda: [record for _, record in store.read_lines(path)]
     # a torn last line is run again
     equal = lambda a, b: a == b or a == b[:-1]
@@ -444,6 +442,9 @@ def main() -> int:
     args = parser.parse_args()
     torch.set_num_threads(1)
     disable_progress_bars()
+    # tqdm's lock is shared with children: one that is killed holding it stops us all
+    tqdm.monitor_interval = 0
+    tqdm.set_lock(threading.RLock())
     started = time.monotonic()
     ends = started + 60 * args.minutes
     done = lambda n: n >= args.rounds if args.rounds else time.monotonic() > ends

@@ -51,13 +51,23 @@ def _crc(record: dict[str, Any]) -> int:
     return zlib.crc32(json.dumps(record).encode())
 
 
+def _line(record: dict[str, Any]) -> str:
+    return json.dumps({**record, "crc": _crc(record)}) + "\n"
+
+
 def _record_of(path: Path, number: int, text: str) -> dict[str, Any]:
     try:
         record = json.loads(text)
-        if isinstance(record, dict) and record.pop("crc", None) in (None, _crc(record)):
+        crc = record.pop("crc", None) if isinstance(record, dict) else None
+        if number == 1 and record["format"] != FORMAT:  # checksums may be others there
+            raise DamagedRecord(
+                f"{path} has format {record['format']!r}, and this version of kdbook "
+                f"reads {FORMAT}"
+            )
+        if crc is not None and crc == _crc(record):
             return record
         reason = "not what was written"
-    except (json.JSONDecodeError, RecursionError) as e:
+    except (json.JSONDecodeError, RecursionError, KeyError, TypeError) as e:
         reason = str(e)
     raise DamagedRecord(
         f"{path}, line {number} is damaged ({reason}): delete the line, and its run "
@@ -82,13 +92,7 @@ def read_lines(
     if not path.exists():
         return []
     stat = path.stat()
-    lines = _parsed(path, (stat.st_mtime_ns, stat.st_size))
-    if lines and lines[0][1].get("format") != FORMAT:
-        found = lines[0][1].get("format")
-        raise DamagedRecord(
-            f"{path} has format {found!r}, and this version of kdbook reads {FORMAT}"
-        )
-    return lines
+    return _parsed(path, (stat.st_mtime_ns, stat.st_size))
 
 # %% ../../nbs/records_store.ipynb #eede3c50
 def append_record(
@@ -100,7 +104,7 @@ def append_record(
 
     Raises `ValueError` where the file is about something else."""
     record = json.loads(json.dumps(record))
-    text = json.dumps({**record, "crc": _crc(record)}) + "\n"
+    text = _line(record)
     first = {"format": FORMAT, **json.loads(json.dumps(header))}
     path.parent.mkdir(parents=True, exist_ok=True)
     with need("filelock", "train").FileLock(path.with_suffix(".lock")):
@@ -114,7 +118,7 @@ def append_record(
             whole = sum(len(t.encode()) + 1 for t, _ in lines)
             file.truncate(whole)
             if not lines:
-                file.write((json.dumps(first) + "\n").encode())
+                file.write(_line(first).encode())
             file.write(text.encode())
             file.flush()
             os.fsync(file.fileno())
