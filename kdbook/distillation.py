@@ -72,7 +72,7 @@ def written(
 # %% ../nbs/annotate.ipynb #c3c92daf
 # may have an entry for each token of a row
 TOKENS = ("teacher_logits", "teacher_top_ids", "teacher_top_logprobs")
-# numbers are kept in 32 bits, but for these
+# what is kept in fewer bits than Python's numbers
 KINDS = {"teacher_top_ids": "int32", "teacher_top_logprobs": "float16"}
 
 
@@ -245,8 +245,8 @@ class _Call:
                 values = (
                     values if isinstance(columns[name], list) else torch.stack(values)
                 )
-            kind = KINDS.get(name, "float32")
-            whole = kind.startswith("int")
+            kind = KINDS.get(name)
+            whole = kind == "int32"
             rows = [(row.long() if whole else row).tolist() for row in values]
             dataset = with_column(dataset, name, rows, kind)
         return dataset

@@ -41,6 +41,15 @@ def _check_pair(
 ) -> None:
     "Raise `ValueError` where the two cannot be compared."
     in_range("(0, inf)", temperature=temperature)
+    same_places = student_logits.shape[:-1] == teacher_logits.shape[:-1]
+    if same_places and student_logits.ndim > 2:
+        words = student_logits.shape[-1], teacher_logits.shape[-1]
+        if words[0] != words[1]:
+            raise ValueError(
+                f"the student has {words[0]:,} words and the teacher {words[1]:,}: "
+                "token by token they need one vocabulary, which student(..., "
+                "teacher=teacher) and student_from(teacher) give"
+            )
     if student_logits.shape != teacher_logits.shape:
         raise ValueError(
             f"student logits {tuple(student_logits.shape)} != teacher logits "

@@ -395,3 +395,28 @@ def test_the_cache_folder(monkeypatch, tmp_path):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     if sys.platform == "linux":
         assert data.cache_dir() == tmp_path / "kdbook"
+
+
+def test_a_folder_with_columns_of_any_name(tmp_path):
+    "A test split lacks a class; its numbers are those of the training split."
+    folder = tmp_path / "claims"
+    folder.mkdir()
+    import pandas as pd
+
+    pd.DataFrame(
+        {
+            "sentence_A": ["a", "b"],
+            "sentence_B": ["c", "d"],
+            "entailment": ["no", "yes"],
+        }
+    ).to_csv(folder / "train.csv", index=False)
+    pd.DataFrame(
+        {"sentence_A": ["e"], "sentence_B": ["f"], "entailment": ["yes"]}
+    ).to_json(folder / "test.jsonl", orient="records", lines=True)
+    pair = ("sentence_A", "sentence_B")
+    task = data.load_task("claims", tmp_path, text=pair, label="entailment")
+    assert list(task) == ["train", "test"]
+    assert task["train"]["text_pair"][:] == ["c", "d"]
+    assert task["train"]["label"][:] == [0, 1] and task["test"]["label"][:] == [1]
+    with pytest.raises(ValueError, match="the column 'mood'"):
+        data.load_task("claims", tmp_path, text=pair, label="mood")

@@ -1,18 +1,23 @@
 "DistillationTrainer beside `fit`: the same updates, cut off at any place."
 
 import json
+import os
 import shutil
+import subprocess
+import sys
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
 from accelerate.state import AcceleratorState
-from helpers import changed, images, net, same, weights
+from helpers import ROOT, changed, images, net, same, weights
 from tiny_text import bert, rows
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from kdbook import annealing_kd, reweighted_kd, swa
 from kdbook.distillation import annotate, live
+from kdbook.files import load_tensors, save_tensors
 from kdbook.hf import Collator, DistillationTrainer, SWACallback
 from kdbook.recipes import Recipe, Stage
 from kdbook.rows import copied, predict_logits
@@ -378,3 +383,34 @@ def test_the_log_is_json(tmp_path):
     trainer.train()
     assert {line["stage"] for line in trainer.state.log_history} == {1, 2}
     json.dumps(trainer.state.log_history)
+
+
+def train_shared(folder, out):
+    "One process, or one of two that a launcher began."
+    sgd = torch.optim.SGD
+    recipe = Recipe((Stage(Hinton(), 2, 0.1, 16, optimizer=sgd),))
+    args = arguments(folder, ddp_find_unused_parameters=False)
+    student = bert()
+    trainer = DistillationTrainer(student, args, recipe=recipe, train_dataset=rows(64))
+    assert trainer.train().global_step == 8
+    if trainer.is_world_process_zero():
+        save_tensors(dict(student.named_parameters()), Path(out))
+
+
+def test_two_processes_make_the_updates_of_one(tmp_path):
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    command += ["--nproc-per-node", "2", __file__, str(tmp_path / "run")]
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
+    env["PYTHONPATH"] = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
+    two, one = tmp_path / "two.safetensors", tmp_path / "one.safetensors"
+    done = subprocess.run([*command, str(two)], env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    train_shared(tmp_path / "alone", one)
+    both, alone = load_tensors(two), load_tensors(one)
+    start = dict(bert().named_parameters())
+    assert max((alone[n] - start[n]).abs().max().item() for n in alone) > 1e-2
+    assert max((alone[n] - both[n]).abs().max().item() for n in alone) < 1e-5
+
+
+if __name__ == "__main__":
+    train_shared(*sys.argv[1:])

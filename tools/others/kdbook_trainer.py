@@ -1,0 +1,23 @@
+import sys
+
+import numpy as np
+from transformers import TrainingArguments
+
+from kdbook.distillation import annotate
+from kdbook.hf import DistillationTrainer
+from kdbook.models import student_from, teacher
+from kdbook.own_data import read_table
+from kdbook.training import Hinton
+
+big = teacher(sys.argv[1])
+train, validation = (read_table(path).rows for path in sys.argv[2:4])
+trainer = DistillationTrainer(
+    student_from(big, layers=3),
+    TrainingArguments("out", num_train_epochs=6, learning_rate=2e-4, report_to="none"),
+    recipe=Hinton(),
+    train_dataset=annotate(train, big),
+    eval_dataset=validation,
+    compute_metrics=lambda seen: {"score": np.mean(seen[0].argmax(-1) == seen[1])},
+)
+trainer.train()
+print(trainer.evaluate()["eval_score"])
