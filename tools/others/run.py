@@ -6,9 +6,9 @@ whose library is not installed here are left out, and keep their line in the rec
 """
 
 import argparse
-import importlib.metadata
 import json
 import os
+import shlex
 import subprocess
 import sys
 import tempfile
@@ -35,12 +35,11 @@ def lines_of(path: Path) -> int:
     return sum(bool(line.strip()) for line in path.read_text().splitlines())
 
 
-def version_of(name: str) -> str | None:
+def version_of(name: str, python: list[str]) -> str | None:
     "The installed version; None where there is none."
-    try:
-        return importlib.metadata.version(name)
-    except importlib.metadata.PackageNotFoundError:
-        return None
+    code = f"import importlib.metadata as m; print(m.version({name!r}))"
+    done = subprocess.run([python[0], "-c", code], capture_output=True, text=True)
+    return done.stdout.strip() or None
 
 
 def make_job(folder: Path) -> list[str]:
@@ -55,10 +54,10 @@ def make_job(folder: Path) -> list[str]:
     return [str(folder / "job" / "work" / "teacher"), *tables]
 
 
-def run(name: str, arguments: list[str]) -> float:
+def run(name: str, arguments: list[str], python: list[str]) -> float:
     "The share that a program prints last."
     with tempfile.TemporaryDirectory() as folder:
-        command = [sys.executable, str(HERE / f"{name}.py"), *arguments]
+        command = [*python, str(HERE / f"{name}.py"), *arguments]
         env = {**os.environ, "PYTHONPATH": str(HERE.parents[1])}
         done = subprocess.run(
             command, cwd=folder, env=env, capture_output=True, text=True
@@ -73,6 +72,12 @@ def main() -> int:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--store", action="store_true", help="keep the figures")
+    parser.add_argument(
+        "--python",
+        type=shlex.split,
+        default=[sys.executable],
+        help="command that runs a program, where the libraries are in another place",
+    )
     args = parser.parse_args()
     path = results_dir() / "others.json"
     known = json.loads(path.read_text()) if path.exists() else {"programs": {}}
@@ -80,7 +85,8 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as folder:
         arguments = make_job(Path(folder))
         for name, (title, library) in PROGRAMS.items():
-            version = version_of(library) if library else "this one"
+            python = args.python if library else [sys.executable]
+            version = version_of(library, python) if library else "this one"
             if version is None or not (HERE / f"{name}.py").exists():
                 print(f"{title}: {library} is not installed here")
                 continue
@@ -88,7 +94,7 @@ def main() -> int:
                 "title": title,
                 "version": version,
                 "lines": lines_of(HERE / f"{name}.py"),
-                "right": run(name, arguments),
+                "right": run(name, arguments, python),
             }
             print(json.dumps(found[name]), flush=True)
     if args.store:
