@@ -73,7 +73,8 @@ def save_student(
     if hasattr(getattr(model, "tokenizer", None), "save_pretrained"):
         model.tokenizer.save_pretrained(folder)
     with whole_file(folder / "README.md") as temporary:
-        temporary.write_text(model_card(model, scores or {}, recipe, about))
+        card = model_card(model, scores or {}, recipe, about)
+        temporary.write_text(card, encoding="utf-8")
     write_json({"scores": scores or {}, "recipe": recipe}, folder / "training.json")
     return folder
 

@@ -290,6 +290,15 @@ def _stream(dataset: Any, call: _Call, device: Any) -> "datasets.IterableDataset
     return dataset.map(write, batched=True, batch_size=16 * call.batch_size)
 
 # %% ../nbs/annotate.ipynb #f34f30a8
+def _say_order(dataset: Any, teacher: nn.Module) -> None:
+    if getattr(dataset, "features", None) and label_places(dataset, teacher):
+        warnings.warn(
+            "the teacher names the labels in another order than the rows: its logits "
+            "are written in the rows' order",
+            stacklevel=3,
+        )
+
+
 def annotate(
     dataset: "datasets.Dataset",  # rows with text, tokens or pixels, or a stream
     teacher: nn.Module | str,  # a model, or the name of a record in results/teacher
@@ -316,6 +325,7 @@ def annotate(
     if isinstance(teacher, str):
         return _in_format_of(dataset, _from_record(dataset_of(dataset), teacher))
     check_model(teacher, "teacher")
+    _say_order(dataset, teacher)
     how = (tokenizer, max_length, text, mixed_precision, write)
     call = _Call(teacher, batch_size, *how)
     with _on(teacher, device):

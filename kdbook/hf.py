@@ -451,7 +451,7 @@ class DistillationTrainer(Trainer):
         for number in range(first):
             stages, folder = len(self.recipe.stages), self._given.output_dir
             last = get_last_checkpoint(_stage_folder(folder, number, stages))
-            state = json.loads((Path(last) / "trainer_state.json").read_text())
+            state = json.loads((Path(last) / "trainer_state.json").read_text("utf-8"))
             found = state["best_metric"], state["best_model_checkpoint"]
             best = self._better(best, found)
         return best
