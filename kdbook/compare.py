@@ -25,8 +25,8 @@ from kdbook.commands import (
     scores_of,
     student_run,
     tables_of,
+    with_answers,
 )
-from .distillation import annotate
 from .evaluation import Difference, holm, metric_of, paired_difference
 from .files import whole_file
 from .preflight import as_answers, has_label
@@ -58,6 +58,11 @@ class Comparison:
         "The methods, and the null rung where there is plain KD."
         null = ("null",) if "hinton" in self.methods else ()
         return (*dict.fromkeys(self.methods), *null)
+
+    @property
+    def base(self) -> str:
+        "What the others are compared with: plain KD, or else the first method."
+        return "hinton" if "hinton" in self.methods else self.methods[0]
 
     @property
     def file(self) -> Path:
@@ -147,9 +152,7 @@ def run_comparison(
             "them, a comparison does not"
         )
     big = ready_teacher(comparison.job, tables, progress)
-    length = getattr(big, "max_length", None) or comparison.job.max_length
-    written = annotate(tables.train, big, max_length=length, progress=progress)
-    tables, done = replace(tables, train=written), 0
+    tables, done = with_answers(comparison.job, tables, big, progress), 0
     header = {"job": repr(replace(comparison.job, out="")), "rows": len(tables.train)}
     with tqdm(desc="compare", unit="run", disable=not progress) as bar:
         while waiting := _waiting(comparison):
@@ -269,15 +272,15 @@ def comparison_table(
     comparison: Comparison,  # with all its runs
     tables: Tables,  # of its job
     table: str,  # name of a test table
+    floors: dict[str, dict[str, np.ndarray]] | None = None,  # None: `floor_answers`
 ) -> "pandas.DataFrame":  # one row a floor or method
     "Scores, chosen rates, and gains over plain KD, or else over the first method."
     import pandas as pd
 
-    base = "hinton" if "hinton" in comparison.methods else comparison.methods[0]
-    gains = differences(comparison, tables, table, base)
+    gains = differences(comparison, tables, table, comparison.base)
     clear = dict(zip(gains, holm(gain.p for gain in gains.values())))
     labels, found = torch.tensor(tables.test[table]["label"][:]), []
-    for name, answers in floor_answers(tables).items():
+    for name, answers in (floors or floor_answers(tables)).items():
         found.append(
             {
                 "method": name,
@@ -347,7 +350,7 @@ def write_report(
 ) -> Path:  # report.html in the job's folder
     "A page with a table, a picture and a sentence or two for each test table."
     tables, job = tables_of(comparison.job), comparison.job
-    base = "hinton" if "hinton" in comparison.methods else comparison.methods[0]
+    floors = floor_answers(tables)  # once for all test tables
     facts = {
         "training rows": f"{len(tables.train):,}, {tables.labelled:,} with a label",
         "teacher": job.teacher,
@@ -358,8 +361,8 @@ def write_report(
     items = (f"<li>{html.escape(k)}: {html.escape(v)}</li>" for k, v in facts.items())
     body = [f"<ul>{''.join(items)}</ul>"]
     for name in tables.test:
-        frame = comparison_table(comparison, tables, name)
-        body += [f"<h2>{html.escape(name)}</h2>", _figure(frame, base)]
+        frame = comparison_table(comparison, tables, name, floors)
+        body += [f"<h2>{html.escape(name)}</h2>", _figure(frame, comparison.base)]
         body += [frame.to_html(float_format="{:.3g}".format, na_rep="", border=0)]
         widths = frame["high"] - frame["low"] if "high" in frame else []
         if len(widths):

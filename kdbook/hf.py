@@ -19,11 +19,11 @@ from transformers import Trainer, TrainerCallback, TrainingArguments, set_seed
 from transformers.trainer_utils import get_last_checkpoint
 
 from .checkpoints import load_checkpoint, save_checkpoint
-from .checks import dataset_of
+from .checks import are_splits, dataset_of
 from .files import mix_seed
 from .losses import label_loss
-from .preflight import check_is_recipe, check_recipe, stage_rows
-from .recipes import Loss, Progress, Recipe, Run, Stage, stage_name
+from .preflight import check_is_recipe, check_recipe, has_label, stage_rows
+from .recipes import Progress, Recipe, Run, Stage, stage_name
 from kdbook.rows import (
     bare,
     check_model,
@@ -37,7 +37,14 @@ from kdbook.rows import (
     with_column,
 )
 from .swa import SWA, snapshot_steps
-from .training import lr_factor, parameter_groups, refresh_norms, watchers_of
+from kdbook.training import (
+    columns_read,
+    loss_of,
+    lr_factor,
+    parameter_groups,
+    refresh_norms,
+    watchers_of,
+)
 
 # %% ../nbs/hf.ipynb #64c7b2bc
 class Collator:
@@ -152,8 +159,8 @@ def _stage_part(rows: Any, stage: Stage) -> Any:
     if isinstance(rows, datasets.Dataset):
         return rows.select(stage_rows(stage, rows))
     if isinstance(rows, datasets.IterableDataset):
-        return rows.filter(lambda row: row["label"] != -100)
-    return [row for row in rows if row["label"] != -100]
+        return rows.filter(lambda row: has_label(row["label"]))
+    return [row for row in rows if has_label(row["label"])]
 
 # %% ../nbs/hf.ipynb #2389b93d
 def _args_of(stage: Stage, args: TrainingArguments) -> TrainingArguments:
@@ -197,11 +204,7 @@ def _load_mean(model: nn.Module, mean: dict[str, Tensor], batches: Any) -> None:
     "Put a mean of weights into the student."
     student = bare(model)
     student.load_state_dict(mean, strict=False)
-    device = next(student.parameters()).device
-    on_device = (
-        {name: value.to(device) for name, value in batch.items()} for batch in batches
-    )
-    refresh_norms(student, on_device)
+    refresh_norms(student, batches)
     student.eval()
 
 # %% ../nbs/hf.ipynb #176e67c8
@@ -271,12 +274,16 @@ class DistillationTrainer(Trainer):
         check_model(model, "model")
         tokenizer = processing_class or getattr(model, "tokenizer", None)
         self._read = lambda rows: _readable(rows, model, tokenizer, max_length)
+        if are_splits(eval_dataset):
+            held_out = {name: self._read(rows) for name, rows in eval_dataset.items()}
+        else:
+            held_out = self._read(eval_dataset)
         super().__init__(
             model,
             args,
             data_collator or Collator(pad_id_of(model, tokenizer)),
             self._read(train_dataset),
-            eval_dataset,
+            held_out,
             tokenizer,
             callbacks=[*(callbacks or ()), _Watching(self)],
             **others,
@@ -296,9 +303,8 @@ class DistillationTrainer(Trainer):
             epochs = math.ceil(self.args.num_train_epochs)
             recipe = Recipe((Stage(recipe, epochs, self.args.learning_rate),))
         check_is_recipe(recipe)
-        if hasattr(self._all_rows, "with_format"):
-            if hasattr(self._all_rows, "num_rows"):
-                check_recipe(recipe, self._all_rows)
+        if hasattr(self._all_rows, "num_rows"):  # a Dataset, and no stream
+            check_recipe(recipe, self._all_rows)
         self.recipe, self.run = recipe, Run(bare(self.model), recipe)
         if self.args.label_names is None:
             self.label_names = ["labels"]
@@ -324,10 +330,7 @@ class DistillationTrainer(Trainer):
 
     def _set_signature_columns_if_needed(self) -> None:
         super()._set_signature_columns_if_needed()
-        wanted = {*input_names(self.model), "row", "loss_mask"}
-        for stage in self.recipe.stages:
-            wanted.update(getattr(stage.objective, "requires", ()))
-            wanted.update(getattr(stage.objective, "optional", ()))
+        wanted = {*input_names(self.model), "row", *columns_read(self.recipe)}
         self._signature_columns += sorted(wanted - {*self._signature_columns})
 
     def compute_loss(
@@ -342,12 +345,7 @@ class DistillationTrainer(Trainer):
             logits = forward(model, inputs)
             loss = label_loss(logits, inputs["labels"])
             return (loss, {"logits": logits}) if return_outputs else loss
-        loss = self.stage.objective(model, inputs, self.progress())
-        if not isinstance(loss, Loss):
-            raise ValueError(
-                f"the objective returned a {type(loss).__name__}; return "
-                "Loss(total, {'name of a part': number})"
-            )
+        loss = loss_of(model, self.stage, inputs, self.progress())
         self.run.loss, self.run.parts = loss.total.detach(), loss.parts
         for name, value in loss.parts.items():
             total, count = self._sums.get(name, (0.0, 0))
@@ -356,11 +354,8 @@ class DistillationTrainer(Trainer):
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> Any:
         "As in `Trainer`; texts are read."
-        if not isinstance(eval_dataset, str):
-            chosen = self.eval_dataset if eval_dataset is None else eval_dataset
-            eval_dataset = self._read(chosen)
-        elif isinstance(self.eval_dataset, dict):
-            eval_dataset = self._read(self.eval_dataset[eval_dataset])
+        if eval_dataset is not None and not isinstance(eval_dataset, str):
+            eval_dataset = self._read(eval_dataset)
         return super().get_eval_dataloader(eval_dataset)
 
     def get_test_dataloader(self, test_dataset: Any) -> Any:

@@ -6,7 +6,7 @@ import torch
 from helpers import in_new_process, net
 from tiny_text import bert, rows
 
-from kdbook.distillation import annotate
+from kdbook.distillation import annotate, annotate_stream
 from kdbook.evaluation import evaluate
 from kdbook.rows import copied, predict_logits
 from kdbook.training import Hinton, fit, one_stage
@@ -52,10 +52,14 @@ def quiet(data, model, **others):
     return annotate(data, model, cache=False, progress=False, **others)
 
 
+def streamed(data, model, **others):
+    return annotate_stream(data.to_iterable_dataset(), model, **others)
+
+
 def test_a_stream_says_what_rows_say():
     model, data = reader(), table(50)
     whole = quiet(data, model, text="review")
-    stream = quiet(data.to_iterable_dataset(), model, text="review", batch_size=2)
+    stream = streamed(data, model, text="review", batch_size=2)
     found = list(stream)
     assert [row["review"] for row in found] == data["review"][:]
     assert [row["label"] for row in found] == data["label"][:]
@@ -71,7 +75,7 @@ def test_a_stream_that_is_not_a_number_is_refused():
     with torch.no_grad():
         model.classifier.bias.fill_(float("nan"))
     with pytest.raises(ValueError, match="teacher_logits is not finite in row 0"):
-        list(quiet(table().to_iterable_dataset(), model, text="review"))
+        list(streamed(table(), model, text="review"))
 
 
 def test_texts_of_any_name():
@@ -116,7 +120,7 @@ def test_classes_by_name_in_another_order():
     wanted = quiet(rows(20), model)["teacher_logits"]
     told = quiet(data, model)["teacher_logits"]
     assert [row[::-1] for row in told] == wanted[:]
-    stream = quiet(data.to_iterable_dataset(), model)
+    stream = streamed(data, model)
     torch.testing.assert_close(
         torch.tensor([row["teacher_logits"] for row in stream]), torch.tensor(told)
     )
@@ -158,7 +162,7 @@ def growth_of_a_stream(count, most):
 
     peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
     stream = datasets.IterableDataset.from_generator(many)
-    stream, seen = quiet(stream, net(), batch_size=16), 0
+    stream, seen = annotate_stream(stream, net(), batch_size=16), 0
     for row in stream:
         seen += 1
         if seen == 2000:

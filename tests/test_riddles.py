@@ -111,7 +111,6 @@ TAKES_ROWS = {
 }
 # what means something else for one of them
 FINE = {("fit, validation", "nothing"), ("fit, validation", "transform")}
-FINE |= {("annotate", "stream")}
 
 
 @pytest.mark.parametrize("kind", NOT_ROWS)

@@ -20,7 +20,7 @@ import torch
 from datasets import Dataset, IterableDataset, disable_progress_bars
 
 from kdbook.data import load_task
-from kdbook.distillation import annotate
+from kdbook.distillation import annotate, annotate_stream
 from kdbook.files import results_dir, write_json
 from kdbook.models import student, student_from, teacher
 from kdbook.records.store import provenance
@@ -123,7 +123,7 @@ def memory() -> dict:
     model, found = student(1, 32), {}
     for count in (8_000, 32_000):
         stream = IterableDataset.from_generator(many, gen_kwargs={"count": count})
-        written, seen = annotate(stream, model, progress=False), []
+        written, seen = annotate_stream(stream, model), []
         for number, _ in enumerate(written):
             if number % 2000 == 1999:
                 seen.append(used())
