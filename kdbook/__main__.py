@@ -119,15 +119,16 @@ def _folder_arguments(add: Callable[[str, str], Any]) -> None:
     annotated.add_argument("table", help=_HELP["train"])
     annotated.add_argument("--teacher", required=True, help="a finished classifier")
     annotated.add_argument("--out", required=True, help=".parquet, .csv or .jsonl")
-    annotated.add_argument("--max-length", type=int, default=128, help="tokens kept")
     scored = add("evaluate", OWN["evaluate"])
     scored.add_argument("model", help="a folder, or a Hub name")
     scored.add_argument("table", nargs="+", help="labelled tables")
     scored.add_argument(
         "--metric", choices=METRICS, metavar="METRIC", help=_HELP["metric"]
     )
+    words = "tokens kept of a text, where the model does not say (default 128)"
     for command in (annotated, scored):
         _column_arguments(command)
+        command.add_argument("--max-length", type=int, default=128, help=words)
 
 # %% ../nbs/command_line.ipynb #89ef6bac
 def _job_argument(command: "argparse.ArgumentParser", each: Any, name: str) -> None:
@@ -196,7 +197,7 @@ def _own(args: "argparse.Namespace") -> None:
         print(annotate_table(*wanted, args.max_length))
     elif args.command == "evaluate":
         wanted = args.model, tuple(args.table), tuple(args.text or ()), args.label
-        _print_scores(evaluate_tables(*wanted, args.metric))
+        _print_scores(evaluate_tables(*wanted, args.metric, args.max_length))
     elif args.command == "distill":
         _distill(_job_of(args), args.dry_run)
     else:

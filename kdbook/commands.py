@@ -32,7 +32,7 @@ from kdbook.recipes import (
     logit_mse_recipe,
     then_labels,
 )
-from .rows import encoded_rows, forward, predict_logits
+from .rows import encoded_rows, forward, kept_length, length_of, predict_logits
 from .training import LogitMSE, Run, fit, score
 
 # %% ../nbs/commands.ipynb #d63949d6
@@ -265,9 +265,19 @@ def tables_of(
     return found
 
 # %% ../nbs/commands.ipynb #b869ee35
-def _named(model: nn.Module, classes: list[str] | None) -> nn.Module:
-    "The model with the names of its classes."
+def _loaded(name: str, outputs: int, length: int) -> nn.Module:
+    "A teacher that reads as much of a text as it was trained on; else `length`."
+    model = teacher(name, outputs)
+    model.max_length = length_of(model, kept_length(model) or length)
+    return model
+
+
+def _untrained(model: nn.Module, classes: list[str] | None) -> nn.Module:
+    "The model with the names of its classes and no length; training says which."
     config = getattr(model, "config", None)
+    model.max_length = None
+    if config is not None:
+        config.kdbook_max_length = None
     if classes and config is not None:
         config.id2label = dict(enumerate(classes))
         config.label2id = {name: number for number, name in enumerate(classes)}
@@ -292,13 +302,13 @@ def ready_teacher(
     "The teacher, fine-tuned on the labels where it has no head for them; resumable."
     own = job.folder("work", "teacher")
     if (own / "training.json").exists():
-        return teacher(str(own), tables.outputs)
-    model = teacher(job.teacher, tables.outputs)
+        return _loaded(str(own), tables.outputs, job.max_length)
+    model = _loaded(job.teacher, tables.outputs, job.max_length)
     if is_finished(job.teacher, tables.outputs):
         return model
     recipe = alone_recipe(epochs=job.teacher_epochs, lr=job.teacher_lr)
     run = fit(
-        _named(model, tables.classes),
+        _untrained(model, tables.classes),
         recipe,
         tables.train,
         tables.validation,
@@ -336,15 +346,12 @@ def scores_of(
 
 # %% ../nbs/commands.ipynb #69c7b6f1
 def with_answers(
-    job: Job,  # says how long texts are
-    tables: Tables,  # of the job
+    tables: Tables,  # of a job
     big: nn.Module,  # its teacher
     progress: bool = True,  # a bar where it takes long
 ) -> Tables:
     "The tables, with what the teacher says of the training rows."
-    length = getattr(big, "max_length", None) or job.max_length
-    written = annotate(tables.train, big, max_length=length, progress=progress)
-    return replace(tables, train=written)
+    return replace(tables, train=annotate(tables.train, big, progress=progress))
 
 # %% ../nbs/commands.ipynb #da3dfd74
 def student_run(
@@ -360,7 +367,7 @@ def student_run(
     sizes = len(tables.train), tables.labelled, job.epochs
     recipe = recipe_for(job.method, *sizes, job.lr, job.batch_size)
     return fit(
-        _named(small, tables.classes),
+        _untrained(small, tables.classes),
         recipe,
         tables.train,
         tables.validation,
@@ -383,7 +390,7 @@ def distill(
     tables = tables_of(job)
     big = ready_teacher(job, tables, progress)
     if job.method not in WITHOUT_TEACHER:
-        tables = with_answers(job, tables, big, progress)
+        tables = with_answers(tables, big, progress)
     runs = [student_run(job, tables, big, n, progress) for n in range(job.seeds)]
     best = max(runs, key=lambda run: run.best["score"])
     held_out = {"validation": tables.validation, **tables.test}
@@ -405,7 +412,7 @@ def plan(
     tables = tables_of(job)
     finished = is_finished(job.teacher, tables.outputs)
     done = job.folder("work", "teacher", "training.json").exists()
-    big = teacher(job.teacher, tables.outputs)
+    big = _untrained(teacher(job.teacher, tables.outputs), None)
     small = named_student(job.student, big, tables.outputs)
     sizes = len(tables.train), tables.labelled, job.epochs
     recipe = recipe_for(job.method, *sizes, job.lr, job.batch_size)
@@ -458,7 +465,7 @@ def annotate_table(
     teacher_name: str,  # a finished teacher: a folder or a Hub name
     out: str,  # .parquet, .csv, .json or .jsonl
     text: tuple[str, ...] = (),  # as in `Job`
-    max_length: int = 128,  # tokens kept of a text
+    max_length: int = 128,  # tokens kept of a text, where the model does not say
     progress: bool = True,  # a bar where it takes long
 ) -> Path:
     "The table with a column `teacher_logits`; interrupted, it goes on from the cache."
@@ -473,10 +480,8 @@ def annotate_table(
             f"{teacher_name!r} has no head for classes: kdbook distill fine-tunes one, "
             "and leaves it in work/teacher of --out"
         )
-    big, rows = teacher(teacher_name, outputs), read_rows(source)
-    length = getattr(big.config, "kdbook_max_length", None) or max_length
-    own = {"text": text or None, "max_length": length, "progress": progress}
-    written = annotate(rows, big, **own)
+    big, rows = _loaded(teacher_name, outputs, max_length), read_rows(source)
+    written = annotate(rows, big, text=text or None, progress=progress)
     path.parent.mkdir(parents=True, exist_ok=True)
     with whole_file(path) as temporary:
         getattr(written, writers[path.suffix.lower()])(str(temporary))
@@ -489,6 +494,7 @@ def evaluate_tables(
     text: tuple[str, ...] = (),  # as in `Job`
     label: str | None = None,  # column with labels
     metric: str | None = None,  # one of METRICS; None: accuracy, or Spearman's
+    max_length: int = 128,  # tokens kept of a text, where the model does not say
     progress: bool = True,  # a bar where it takes long
 ) -> dict[str, dict[str, float]]:  # table -> score -> value
     "A saved model's scores on tables. Raises `ValueError` for labels of other classes."
@@ -496,7 +502,8 @@ def evaluate_tables(
     names = [str(name) for name in config.id2label.values()]
     named = not all(name.startswith("LABEL_") for name in names)
     classes = names if named and config.num_labels > 1 else None
-    model, scores = teacher(folder, config.num_labels), config.num_labels == 1
+    scores = config.num_labels == 1
+    model = _loaded(folder, config.num_labels, max_length)
     read = lambda each: read_table(each, text or None, label, classes, scores).rows
     tables = by_stem({each: read(each) for each in sources})
     return scores_of(model, tables, metric, progress)

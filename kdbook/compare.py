@@ -152,7 +152,7 @@ def run_comparison(
             "them, a comparison does not"
         )
     big = ready_teacher(comparison.job, tables, progress)
-    tables, done = with_answers(comparison.job, tables, big, progress), 0
+    tables, done = with_answers(tables, big, progress), 0
     header = {"job": repr(replace(comparison.job, out="")), "rows": len(tables.train)}
     with tqdm(desc="compare", unit="run", disable=not progress) as bar:
         while waiting := _waiting(comparison):

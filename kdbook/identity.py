@@ -82,6 +82,8 @@ _READS = ("LOAD_GLOBAL", "LOAD_NAME")
 
 # %% ../nbs/identity.ipynb #e4f82942
 _PLACES = tuple({sysconfig.get_path(name) for name in ("purelib", "platlib")})
+# also where a .pth file or PYTHONPATH names another environment's
+_INSTALLED = {"site-packages", "dist-packages"}
 
 
 @cache
@@ -93,7 +95,11 @@ def _is_installed_package(package: str) -> bool:
         return True
     module = sys.modules.get(package)
     files = [getattr(module, "__file__", None), *getattr(module, "__path__", [])]
-    return any(str(file).startswith(_PLACES) for file in files if file)
+    return any(
+        str(file).startswith(_PLACES) or _INSTALLED & {*Path(file).parts}
+        for file in files
+        if file
+    )
 
 
 def _is_installed(thing: Any) -> bool:
@@ -105,6 +111,8 @@ def _of_package(module: ModuleType) -> str:
     "A module: its name, and what is in its file if that is one of the reader's."
     file = getattr(module, "__file__", None)
     if not file or _is_installed_package(module.__name__.split(".")[0]):
+        return module.__name__
+    if not Path(file).is_file():  # some modules are made in memory, torch.ops is one
         return module.__name__
     return f"{module.__name__} {hashlib.sha256(Path(file).read_bytes()).hexdigest()}"
 

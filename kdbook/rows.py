@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['INPUTS', 'TOKEN_AXES', 'bare', 'check_model', 'of_all_processes', 'logits_of', 'input_names', 'forward', 'joined',
-           'with_column', 'with_text', 'length_of', 'reads_types', 'encode', 'per_token', 'pad_rows', 'mask_of', 'Rows',
-           'token_mask', 'length_sorted', 'pad_id_of', 'progress_bar', 'run_batches', 'label_places', 'warn_of_names',
-           'encoded_rows', 'logits_on_rows', 'predict_logits', 'copied', 'trained_parameters', 'load_trained', 'Around',
-           'seeded']
+           'with_column', 'with_text', 'kept_length', 'length_of', 'reads_types', 'encode', 'per_token', 'pad_rows',
+           'mask_of', 'Rows', 'token_mask', 'length_sorted', 'pad_id_of', 'progress_bar', 'run_batches', 'label_places',
+           'warn_of_names', 'encoded_rows', 'logits_on_rows', 'predict_logits', 'copied', 'trained_parameters',
+           'load_trained', 'Around', 'seeded']
 
 # %% ../nbs/rows.ipynb #e3785068
 import copy
@@ -186,6 +186,17 @@ def with_text(
     return dataset.rename_columns({f"_kdbook_{old}": new for old, new in moved.items()})
 
 # %% ../nbs/rows.ipynb #40a758dd
+def kept_length(
+    model: nn.Module,  # perhaps with a `.max_length`, or trained by `fit`
+) -> int | None:  # tokens; None: nobody has said
+    "How much of a text a model reads: what its owner set, or what it was trained on."
+    model = bare(model)
+    kept = getattr(model, "max_length", None)
+    if kept is None:
+        kept = getattr(getattr(model, "config", None), "kdbook_max_length", None)
+    return kept
+
+
 def length_of(
     model: nn.Module,  # perhaps with a `.max_length`
     max_length: int | None = None,  # asked for; None: the model's own, or 64
@@ -194,10 +205,7 @@ def length_of(
 
     Raises `ValueError` where the model's own is another, where a text of two special
     tokens would be left, and for more than the model has positions."""
-    model = bare(model)
-    kept = getattr(model, "max_length", None)
-    if kept is None:
-        kept = getattr(getattr(model, "config", None), "kdbook_max_length", None)
+    model, kept = bare(model), kept_length(model)
     if max_length is None:
         return 64 if kept is None else kept
     in_range("3..", max_length=max_length)

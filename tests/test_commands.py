@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 
 import numpy as np
 import pandas as pd
@@ -15,7 +16,7 @@ from helpers import ROOT
 from transformers import AutoModelForSequenceClassification
 
 from kdbook.__main__ import main
-from kdbook.commands import Job, distill, tables_of
+from kdbook.commands import Job, distill, plan, ready_teacher, tables_of
 from kdbook.compare import Comparison, comparison_table, differences, run_comparison
 from kdbook.data import load_task
 from kdbook.deliver import save_student
@@ -232,6 +233,33 @@ def test_a_teacher_with_classes_of_its_own(tables, tmp_path):
     assert tables_of(job(tmp_path / "turned")).classes == ["up", "down"]
     with pytest.raises(ValueError, match="which is which"):
         tables_of(job(tmp_path / "other"))
+
+
+@pytest.mark.parametrize("kept", [None, 12])
+def test_a_finished_teacher_reads_what_it_was_trained_on(kept, tables, tmp_path):
+    model = student(layers=1, width=32, seed=3)
+    model.config.id2label = {0: "down", 1: "up"}
+    model.config.kdbook_max_length = kept
+    save_student(model, tmp_path / "big")
+    teacher = str(tmp_path / "big")
+    job = Job(
+        train=f"{tables}/train.csv",
+        out=str(tmp_path / "out"),
+        teacher=teacher,
+        student="1x32",
+        text=("review",),
+        label="verdict",
+        max_length=24,
+        epochs=1,
+    )
+    assert ready_teacher(job, tables_of(job)).max_length == (kept or 24)
+    assert any("about" in line for line in plan(job))
+    distill(job, progress=False)
+    saved = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert saved["kdbook_max_length"] == 24
+    if kept is None:
+        with pytest.raises(ValueError, match="max_length=9999"):
+            ready_teacher(replace(job, max_length=9999), tables_of(job))
 
 
 @pytest.fixture(scope="module")

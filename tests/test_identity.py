@@ -7,6 +7,7 @@ import sys
 import threading
 from enum import Enum
 from functools import cache, partial
+from types import ModuleType
 
 import numpy as np
 import pytest
@@ -301,6 +302,21 @@ def test_a_module_of_the_reader_s_counts_with_its_file(tmp_path, monkeypatch):
         place = {"mine": module, "__name__": "__main__"}
         found.append(digest(eval("lambda x: mine.by(x)", place)))
     assert found[0] != found[1]
+
+
+def test_packages_of_another_environment_are_installed_too(tmp_path, monkeypatch):
+    there = tmp_path / "lib" / "site-packages"
+    there.mkdir(parents=True)
+    (there / "lent.py").write_text("def f(x):\n    return x\n")
+    monkeypatch.syspath_prepend(there)
+    lent = importlib.import_module("lent")
+    assert identity(lent) == "lent" and identity(lent.f) == "lent.f"
+
+
+def test_a_module_made_in_memory_is_known_by_its_name():
+    module = ModuleType("made_up")
+    module.__file__ = "nowhere.py"
+    assert identity(module) == "made_up"
 
 
 def test_what_a_callback_collects_is_not_what_it_is():
