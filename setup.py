@@ -39,7 +39,7 @@ setup(
     license_files=["LICENSE"],
     python_requires=">=" + cfg["min_python"],
     packages=find_packages(include=[cfg["lib_path"], cfg["lib_path"] + ".*"]),
-    package_data={cfg["lib_path"]: ["py.typed"]},
+    package_data={cfg["lib_path"]: ["py.typed", "scripts/*"]},
     install_requires=words("requirements"),
     extras_require={name: extra(name) for name in EXTRAS},
     entry_points={

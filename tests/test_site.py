@@ -4,6 +4,7 @@ import html
 import re
 
 import build_site
+import pages
 import pytest
 import refresh
 
@@ -25,7 +26,7 @@ def test_site_builds(tmp_path, capsys):
 
 def test_formulas_become_mathml():
     problems = []
-    draw = lambda match: build_site.mathml(match, "page", problems)
+    draw = lambda match: pages.mathml(match, "page", problems)
     for tex in (
         r"p_i = \frac{\exp(z_i/T)}{\sum_j \exp(z_j/T)} \tag{1}",
         r"\begin{aligned} a &amp;= b \\ c &amp;&lt; d \end{aligned}",
@@ -33,9 +34,9 @@ def test_formulas_become_mathml():
         r"\big\| x \big\|_2^2",
     ):
         page = f'<span class="math inline">\\({tex}\\)</span>'
-        drawn = build_site.MATH.sub(draw, page)
+        drawn = pages.MATH.sub(draw, page)
         assert drawn.count("<math") == 1 and r"\(" not in drawn
         assert tex in drawn  # as an annotation
     assert not problems
-    build_site.MATH.sub(draw, r'<span class="math inline">\(\nosuch x\)</span>')
+    pages.MATH.sub(draw, r'<span class="math inline">\(\nosuch x\)</span>')
     assert "nosuch" in problems[0]

@@ -1,13 +1,12 @@
 """Build the site into _docs/ without Quarto: python tools/build_site.py [--quarto]
 
-nbdev's filter fills in the API docs on a copy of the chapters, smalldocs renders them
-as _quarto.yml says, and formulas become MathML, which a browser shows without a
-network; where there is one, KaTeX then draws them finer. Exit code 1 means warnings.
-With --quarto the same copy is rendered by an installed Quarto instead.
+nbdev's filter fills in the API docs on a copy of the chapters, cells that say little
+are folded there (folds.py), smalldocs renders the copy as _quarto.yml says, and
+pages.py makes the pages independent of other hosts. Exit code 1 means warnings. With
+--quarto the same copy is rendered by an installed Quarto instead.
 """
 
 import contextlib
-import html
 import inspect
 import json
 import os
@@ -17,26 +16,17 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from configparser import ConfigParser
 from pathlib import Path
 from typing import Any
+
+import yaml
+from folds import fold
+from pages import finish
 
 ROOT = Path(__file__).resolve().parent.parent
 # smalldocs says of each of these Quarto settings that it does not use it
 EXPECTED = ("execute.enabled", "ipynb-filters", "html-math-method")
-MATH = re.compile(
-    r'(<span class="math (inline|display)">)\\[(\[](.*?)\\[)\]](</span>)', re.S
-)
-DRAW_FINER = """<script>
-addEventListener("DOMContentLoaded", function () {
-  if (!window.katex) return;
-  document.querySelectorAll("span.math").forEach(function (span) {
-    const tex = span.querySelector("annotation");
-    const display = span.classList.contains("display");
-    const how = { displayMode: display, throwOnError: false };
-    if (tex) katex.render(tex.textContent, span, how);
-  });
-});
-</script>"""
 TO_INDEX = """<!doctype html>
 <html lang="en">
 <meta charset="utf-8">
@@ -65,6 +55,49 @@ def without_title(nb: dict[str, Any]) -> dict[str, Any]:
     return nb
 
 
+def owner() -> str | None:
+    "Who publishes the project; None while settings.ini holds a placeholder."
+    settings = ConfigParser(delimiters=["="])
+    settings.read(ROOT / "settings.ini", encoding="utf-8")
+    user = settings["DEFAULT"]["user"]
+    return None if user == "someone" else user
+
+
+def without_owner(
+    settings: str,  # of the site, YAML
+) -> str:
+    "The settings with the owner's name, or without links while there is none."
+    if user := owner():
+        return settings.replace("someone", user)
+    data = yaml.safe_load(settings)
+    for key in ("site-url", "repo-url", "repo-actions"):
+        data["website"].pop(key, None)
+    data["website"]["navbar"].pop("right", None)
+    return yaml.safe_dump(data, sort_keys=False, allow_unicode=True)
+
+
+def folds(nb: dict[str, Any]) -> dict[str, str]:
+    "The cells of a chapter that are folded: id -> the word shown instead."
+    words = {cell.get("id"): fold(cell) for cell in nb["cells"]}
+    return {id: word for id, word in words.items() if id and word}
+
+
+def folded(
+    nb: dict[str, Any],  # a chapter's copy
+    words: dict[str, str],  # as `folds` gives them
+) -> dict[str, Any]:
+    "The copy with directives that fold cells, and without a badge that leads nowhere."
+    if not owner():
+        badge = lambda cell: "colab-badge" in "".join(cell["source"])
+        nb["cells"] = [cell for cell in nb["cells"] if not badge(cell)]
+    for cell in nb["cells"]:
+        if word := words.get(cell.get("id")):
+            source = "".join(cell["source"])
+            how = f'#| code-fold: true\n#| code-summary: "{word}"\n'
+            cell["source"] = how + source
+    return nb
+
+
 def lenient(signature: Callable[..., Any]) -> Callable[..., Any]:
     """`signature`, but an annotation in quotes may name what is not imported.
 
@@ -89,60 +122,16 @@ def prepare(nbs: Path, work: Path) -> None:
     shutil.rmtree(work, ignore_errors=True)
     ignored = shutil.ignore_patterns(".*", "__pycache__")
     shutil.copytree(nbs, work / "nbs", ignore=ignored)
-    shutil.copy(ROOT / "_quarto.yml", work)
+    settings = (ROOT / "_quarto.yml").read_text(encoding="utf-8")
+    (work / "_quarto.yml").write_text(without_owner(settings), encoding="utf-8")
     # the filter runs the chapters' import and export cells
     sys.path.insert(0, str(ROOT))
     for path in sorted((work / "nbs").glob("*.ipynb")):
         with contextlib.chdir(nbs):
             filled = nbdev_filter.__wrapped__(fname=nbs / path.name, printit=False)
-        path.write_text(json.dumps(without_title(json.loads(filled))), encoding="utf-8")
-
-
-def known_to_latex2mathml(tex: str) -> str:
-    "The formula in words that the converter reads, or reads aright."
-    tex = re.sub(r"\\tag\{(.*?)\}", r"\\qquad \\text{(\1)}", tex)
-    tex = re.sub(r"(\\(?:begin|end))\{aligned\}", r"\1{align*}", tex)
-    tex = re.sub(r"(?<!\\)\\\|", "\u2016", tex)  # misread after \big and its kin
-    return re.sub(r"\\arg(?![a-z])", r"\\operatorname{arg}", tex)
-
-
-def mathml(
-    match: re.Match[str],  # of MATH
-    page: str,  # for messages
-    problems: list[str],  # what goes wrong is added
-) -> str:
-    "The formula as MathML that keeps its TeX as an annotation."
-    from latex2mathml.converter import convert
-
-    opening, kind, escaped, closing = match.groups()
-    tex = html.unescape(escaped).strip()
-    display = "block" if kind == "display" else "inline"
-    try:
-        drawn = convert(known_to_latex2mathml(tex), display=display)
-    except Exception as error:  # the converter has a class per kind of mistake
-        problems.append(f"{page}: formula {tex!r}: {type(error).__name__} {error}")
-        return match.group(0)
-    unknown = re.search(r">(\\[^<]+)<", drawn)
-    if unknown:
-        problems.append(
-            f"{page}: formula {tex!r}: latex2mathml does not know {unknown.group(1)!r}"
-        )
-    start = re.match(r"<math[^>]*>", drawn).group(0)
-    inner = drawn.removeprefix(start).removesuffix("</math>")
-    note = f'<annotation encoding="application/x-tex">{html.escape(tex)}</annotation>'
-    return f"{opening}{start}<semantics>{inner}{note}</semantics></math>{closing}"
-
-
-def offline_maths(out: Path) -> list[str]:
-    "Turn the formulas of every page into MathML; what could not be turned."
-    problems: list[str] = []
-    for page in sorted(out.rglob("*.html")):
-        text = page.read_text(encoding="utf-8")
-        new, n = MATH.subn(lambda m: mathml(m, page.name, problems), text)
-        if n:
-            new = new.replace("</body>", DRAW_FINER + "</body>")
-            page.write_text(new, encoding="utf-8")
-    return problems
+        words = folds(json.loads(path.read_text(encoding="utf-8")))
+        nb = folded(without_title(json.loads(filled)), words)
+        path.write_text(json.dumps(nb), encoding="utf-8")
 
 
 def replace(out: Path, work: Path) -> None:
@@ -183,9 +172,9 @@ def main(
     site = build(work, quiet=True)
     expected = lambda warning: any(known in warning for known in EXPECTED)
     warnings = [warning for warning in site.warnings if not expected(warning)]
-    warnings += offline_maths(work / "_docs")
+    (work / "_docs" / "index.html").write_text(TO_INDEX, encoding="utf-8")
+    warnings += finish(work / "_docs")
     replace(out, work)
-    (out / "index.html").write_text(TO_INDEX, encoding="utf-8")
     (out / ".nojekyll").touch()
     pages = len(list(out.rglob("*.html")))
     print(f"{out.name}/: {pages} pages in {time.monotonic() - start:.0f} s")

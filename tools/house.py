@@ -39,17 +39,16 @@ from refresh import ROOT, Book, chapters, example_cells, sources, uses
 WIDTH = 88
 
 
+NO_TECHNIQUE = {"distillation", "hf", "landscape", "glossary", "solutions"}
+
+
 def techniques() -> tuple[str, ...]:
     "The technique chapters in reading order, as the sidebar lists them."
     settings = yaml.safe_load((ROOT / "_quarto.yml").read_text(encoding="utf-8"))
     sections = settings["website"]["sidebar"]["contents"]
-    parts = ("The path", "The signal", "The data", "The weights")
-    return tuple(
-        Path(notebook).stem
-        for entry in sections
-        if isinstance(entry, dict) and entry.get("section") in parts
-        for notebook in entry["contents"]
-    )
+    learn = next(s for s in sections if isinstance(s, dict) and s["section"] == "Learn")
+    names = [Path(notebook).stem for notebook in learn["contents"]]
+    return tuple(name for name in names if name not in NO_TECHNIQUE)
 
 
 TECHNIQUES = techniques()
