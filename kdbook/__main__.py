@@ -8,8 +8,10 @@ __all__ = ['OWN', 'arguments', 'main', 'print_ladder']
 # %% ../nbs/command_line.ipynb #5dc3748d
 import math
 import sys
+import warnings
+from contextlib import contextmanager
 from dataclasses import fields
-from typing import Any, Callable, Iterable
+from typing import Any, Callable, Iterable, Iterator
 
 from .archives import fetch
 from .checks import one_of
@@ -58,19 +60,19 @@ OWN = {
 }
 _HELP = {
     "train": "csv, tsv, json, jsonl or parquet; a folder; or NAME:SPLIT on the Hub",
-    "validation": "labelled table that chooses weights; else, a tenth of the rows",
+    "validation": "labelled table that chooses weights; else, a tenth of the labels",
     "test": "labelled table that is only scored; may be repeated",
     "teacher": "minilm, mpnet, a folder or a Hub name; fine-tuned where it has no head",
     "student": "2x128 (layers by width), layers:3, layers:0,2,5, or as a teacher",
-    "method": f"one of {', '.join(OWN_METHODS)}",
+    "method": f"one of {', '.join(OWN_METHODS)}; the others from Python",
     "classes": "names of the classes, in order, with commas",
     "scores": "labels are numbers to be predicted",
     "max_length": "tokens kept of a text",
     "metric": f"one of {', '.join(METRICS)}",
-    "epochs": "passes over all rows",
+    "epochs": "passes over all rows; two stages share them",
     "lr": "peak rate of the student; 1e-3 for a student without a past",
     "batch_size": "rows of an update",
-    "teacher_epochs": "of fine-tuning, where the teacher needs it",
+    "teacher_epochs": "of fine-tuning; default: 3, or as many as make 200 updates",
     "teacher_lr": "peak rate of fine-tuning",
     "seeds": "students; the best by validation is kept, or all are compared",
     "bf16": "half precision, where the machine has it",
@@ -144,8 +146,10 @@ def _job_argument(command: "argparse.ArgumentParser", each: Any, name: str) -> N
         more = {"help": more["help"], "action": "store_true"}
     elif each.name == "train":
         more["required"] = True
+    elif each.name == "teacher_epochs":
+        more["type"] = int
     elif each.name == "classes":
-        more["type"] = lambda names: tuple(names.split(","))
+        more["type"] = lambda names: tuple(n.strip() for n in names.split(","))
     elif each.default is not None:
         more |= {"type": kind, "default": each.default}
         more["help"] += f" (default {each.default})"
@@ -172,12 +176,16 @@ def _distill(job: Job, dry_run: bool) -> None:
     if dry_run:
         print(*plan(job), sep="\n")
         return
-    found = distill(job)
+    with _calm():
+        found = distill(job)
     small, big = found["parameters"]
     print(f"teacher, {big:,} weights")
     _print_scores(found["teacher"])
     print(f"student, {small:,} weights, in {job.out}")
     _print_scores(found["scores"])
+    if found["floor"]:
+        print("the commonest class on every row")
+        _print_scores(found["floor"])
 
 
 def _compare(comparison: Comparison, dry_run: bool) -> None:
@@ -186,8 +194,30 @@ def _compare(comparison: Comparison, dry_run: bool) -> None:
         count = len(comparison.methods) * (3 + comparison.seeds) + comparison.seeds
         print(f"that for each of {count} runs or a few more")
         return
-    run_comparison(comparison)
+    with _calm():
+        run_comparison(comparison)
     print(write_report(comparison))
+
+
+@contextmanager
+def _calm() -> Iterator[None]:
+    "Warnings in one line, once; no reports of other libraries."
+    import datasets
+    import transformers
+
+    logs = transformers.utils.logging, datasets.utils.logging
+    levels, shape = [log.get_verbosity() for log in logs], warnings.formatwarning
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("once")
+            warnings.formatwarning = lambda message, *_, **__: f"note: {message}\n"
+            for log in logs:
+                log.set_verbosity(log.CRITICAL)
+            yield
+    finally:
+        warnings.formatwarning = shape
+        for log, level in zip(logs, levels):
+            log.set_verbosity(level)
 
 # %% ../nbs/command_line.ipynb #496dbd5e
 def _own(args: "argparse.Namespace") -> None:

@@ -4,11 +4,14 @@
 
 # %% auto #0
 __all__ = ['WITHOUT_TEACHER', 'METHODS', 'recipe_for', 'is_finished', 'named_student', 'Job', 'by_stem', 'Tables', 'tables_of',
-           'ready_teacher', 'scores_of', 'with_answers', 'student_run', 'distill', 'plan', 'annotate_table',
-           'evaluate_tables']
+           'ready_teacher', 'scores_of', 'with_answers', 'student_run', 'prepared', 'floor_scores', 'distill', 'plan',
+           'annotate_table', 'evaluate_tables']
 
 # %% ../nbs/commands.ipynb #78f63bc5
+import hashlib
+import json
 import time
+import warnings
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -21,7 +24,7 @@ from .checks import in_range, one_of
 from .deliver import save_student
 from .distillation import annotate
 from .evaluation import METRICS, metric_of
-from .files import need, whole_file
+from .files import need, whole_file, write_json
 from .models import num_parameters, student, student_from, teacher
 from .own_data import Table, read_rows, read_table
 from .preflight import as_answers, has_label
@@ -161,10 +164,10 @@ class Job:
     max_length: int = 128  # tokens kept of a text
     metric: str | None = None  # one of METRICS; None: accuracy, or Spearman's
     epochs: int = 5  # passes over all rows
-    lr: float = 1e-4  # peak rate of the student
+    lr: float = 2e-4  # peak rate of the student
     batch_size: int = 32  # rows per update
-    teacher_epochs: int = 3  # of fine-tuning, where the teacher needs it
-    teacher_lr: float = 5e-5  # peak rate of fine-tuning
+    teacher_epochs: int | None = None  # of fine-tuning; None: 3, more for few labels
+    teacher_lr: float = 1e-4  # peak rate of fine-tuning
     seeds: int = 1  # students; the best by validation is kept
     bf16: bool = False  # half precision, where the machine has it
 
@@ -172,8 +175,10 @@ class Job:
         one_of(METHODS, method=self.method)
         if self.metric is not None:
             one_of(METRICS, metric=self.metric)
-        for name in ("seeds", "epochs", "batch_size", "teacher_epochs"):
+        for name in ("seeds", "epochs", "batch_size"):
             in_range("1..", **{name: getattr(self, name)})
+        if self.teacher_epochs is not None:
+            in_range("1..", teacher_epochs=self.teacher_epochs)
         in_range("(0, inf)", lr=self.lr, teacher_lr=self.teacher_lr)
 
     def folder(self, *parts: str) -> Path:
@@ -231,13 +236,41 @@ class Tables:
         "Training rows with a label."
         return sum(map(has_label, self.train["label"][:]))
 
+# %% ../nbs/commands.ipynb #cd5d68ff
+def _check_labels(source: str, table: Table) -> None:
+    "Raise `ValueError` for a training table from which nothing can be learned."
+    labels = [x for x in table.rows["label"][:] if has_label(x)]
+    if not labels:
+        raise ValueError(f"the table {source!r} has no labelled rows")
+    if isinstance(labels[0], list):
+        return
+    if len({*labels}) == 1:
+        only = table.classes[labels[0]] if table.classes else labels[0]
+        raise ValueError(
+            f"all {len(labels)} labels of {source} are {only!r}: there is nothing to "
+            "tell apart"
+        )
+
+
+def _tenth(source: str, rows: Any) -> tuple[Any, Any]:
+    "The rows without a tenth of the labelled ones, and that tenth."
+    from kdbook.data import seeded_order
+
+    known = [i for i, x in enumerate(rows["label"][:]) if has_label(x)]
+    if len(known) < 2:
+        raise ValueError(
+            f"{source} has {len(known)} labelled row, and a tenth is held out: give "
+            "more labels, or --validation"
+        )
+    order = [known[i] for i in seeded_order(len(known), "validation")]
+    held = sorted(order[: max(1, len(known) // 10)])
+    return rows.select(sorted({*range(len(rows))} - {*held})), rows.select(held)
+
 # %% ../nbs/commands.ipynb #efaa47f1
 def tables_of(
     job: Job,  # says which
 ) -> Tables:
     "The tables of a job. Raises `ValueError` where labels are missing."
-    from kdbook.data import seeded_order
-
     first = job.read(job.train)
     classes = _classes_of_teacher(job, first)
     if classes != first.classes:
@@ -247,18 +280,17 @@ def tables_of(
             f"{job.train} has no column of labels, only "
             f"{', '.join(first.rows.column_names)}: give --label"
         )
-    train = first.rows
+    _check_labels(job.train, first)
+    train, validation = first.rows, None
     if job.validation is None:
-        known = [i for i, x in enumerate(train["label"][:]) if has_label(x)]
-        order = [known[i] for i in seeded_order(len(known), "validation")]
-        held = sorted(order[: max(1, len(known) // 10)])
-        validation = train.select(held)
-        train = train.select(sorted({*range(len(train))} - {*held}))
+        train, validation = _tenth(job.train, train)
     else:
         validation = job.read(job.validation, first.classes).rows
     test = by_stem({p: job.read(p, first.classes).rows for p in job.test})
     found = Tables(train, validation, test, first.classes, first.outputs)
-    for name, rows in {"train": train, "validation": validation, **test}.items():
+    named = {job.validation or job.train: validation}
+    named |= zip(job.test, test.values())
+    for name, rows in named.items():
         labels = rows["label"][:] if "label" in rows.column_names else []
         if not any(map(has_label, labels)):
             raise ValueError(f"the table {name!r} has no labelled rows")
@@ -294,22 +326,85 @@ def _precision(job: Job) -> str:
     return "bf16" if job.bf16 else "no"
 
 # %% ../nbs/commands.ipynb #b07013a8
+def _teacher_epochs(job: Job, tables: Tables) -> int:
+    "Those asked for; else 3, or as many as make 200 updates, but 20 at most."
+    if job.teacher_epochs is not None:
+        return job.teacher_epochs
+    return max(3, min(20, -(-200 // -(-tables.labelled // 32))))
+
+
+def _digest(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value).encode()).hexdigest()[:16]
+
+
+def _teacher_facts(job: Job, tables: Tables) -> dict[str, Any]:
+    "What decides a fine-tuned teacher."
+    rows = tables.train.with_format(None)
+    known = [row for row in rows if has_label(row["label"])]
+    told = [[row.get("text"), row.get("text_pair"), row["label"]] for row in known]
+    facts = {"teacher": job.teacher, "epochs": _teacher_epochs(job, tables)}
+    facts |= {"lr": job.teacher_lr, "max_length": job.max_length, "bf16": job.bf16}
+    return facts | {"labelled rows": _digest(told), "classes": tables.classes}
+
+
+def _same_as_before(place: Path, facts: dict[str, Any], way_out: str) -> None:
+    "Note what a folder is made of; raise `ValueError` where it was something else."
+    path = place / "made_of.json"
+    facts = json.loads(json.dumps(facts))
+    if not path.exists():
+        place.mkdir(parents=True, exist_ok=True)
+        write_json(facts, path)
+        return
+    before = json.loads(path.read_text(encoding="utf-8"))
+    for name, value in facts.items():
+        if before.get(name) != value:
+            raise ValueError(
+                f"{place} was made with {name} {before.get(name)!r}, and now it is "
+                f"{value!r}: {way_out}"
+            )
+
+# %% ../nbs/commands.ipynb #a78d5c9e
+def _warn_of_one_answer(
+    what: str, model: nn.Module, tables: Tables, option: str
+) -> None:
+    "Tell of a model that has learned no more than the commonest class."
+    logits = as_answers(predict_logits(model, tables.validation, progress=False))
+    if logits.shape[1] < 2 or logits.ndim != 2 or not tables.classes:
+        return
+    answers = {*logits.argmax(-1).tolist()}
+    if len(answers) == 1 and len(logits) > 1:
+        only = tables.classes[answers.pop()]
+        warnings.warn(
+            f"the {what} answers {only!r} on every row of validation: it has learned "
+            f"nothing yet. Give more epochs, or a higher {option}",
+            stacklevel=3,
+        )
+
+
+def _scores(job: Job, tables: Tables, run: Run) -> dict[str, float]:
+    return {job.metric or "score": run.best["score"]}
+
+# %% ../nbs/commands.ipynb #c03bf0f9
 def ready_teacher(
     job: Job,  # says which
     tables: Tables,  # of the job
     progress: bool = True,  # bars and lines
 ) -> nn.Module:
-    "The teacher, fine-tuned on the labels where it has no head for them; resumable."
+    """The teacher, fine-tuned on the labels where it has no head for them; resumable.
+
+    Raises `ValueError` where its folder holds one that was made in another way."""
     own = job.folder("work", "teacher")
-    if (own / "training.json").exists():
-        return _loaded(str(own), tables.outputs, job.max_length)
     model = _loaded(job.teacher, tables.outputs, job.max_length)
     if is_finished(job.teacher, tables.outputs):
         return model
-    recipe = alone_recipe(epochs=job.teacher_epochs, lr=job.teacher_lr)
+    way_out = f"give another --out, or delete {own}"
+    _same_as_before(own, _teacher_facts(job, tables), way_out)
+    if (own / "training.json").exists():
+        return _loaded(str(own), tables.outputs, job.max_length)
+    epochs = _teacher_epochs(job, tables)
     run = fit(
         _untrained(model, tables.classes),
-        recipe,
+        alone_recipe(epochs=epochs, lr=job.teacher_lr),
         tables.train,
         tables.validation,
         max_length=job.max_length,
@@ -318,12 +413,9 @@ def ready_teacher(
         mixed_precision=_precision(job),
         progress=progress,
     )
+    _warn_of_one_answer("teacher", run.student, tables, "--teacher-lr")
     save_student(run.student, own, {"validation": _scores(job, tables, run)}, {})
     return run.student
-
-
-def _scores(job: Job, tables: Tables, run: Run) -> dict[str, float]:
-    return {job.metric or "score": run.best["score"]}
 
 # %% ../nbs/commands.ipynb #83827ddf
 def scores_of(
@@ -379,20 +471,78 @@ def student_run(
         progress=progress,
     )
 
+# %% ../nbs/commands.ipynb #1f7507f1
+def _student_facts(job: Job, tables: Tables) -> dict[str, Any]:
+    "What decides the students of a folder."
+    names = ("train", "validation", "teacher", "student", "method", "text", "label")
+    names += ("scores", "max_length", "metric", "epochs", "lr", "batch_size", "bf16")
+    return {name: getattr(job, name) for name in names} | {
+        "rows": _digest(tables.train.with_format(None)[:]["text"])
+    }
 
+
+def prepared(
+    job: Job,  # what will be done
+    tables: Tables,  # of the job
+) -> tuple[nn.Module, nn.Module, Recipe]:  # untrained teacher and student; the recipe
+    "All that training needs. Raises `ValueError` for what cannot work, in seconds."
+    out = job.folder()
+    if out.exists() and not out.is_dir():
+        raise ValueError(f"--out {job.out} is a file: give a folder")
+    if out.is_dir() and any(out.iterdir()) and not (out / "work").is_dir():
+        raise ValueError(
+            f"--out {job.out} holds other things, and files in it would be replaced: "
+            "give a folder that is empty or new"
+        )
+    big = _untrained(teacher(job.teacher, tables.outputs), None)
+    small = _untrained(named_student(job.student, big, tables.outputs), None)
+    for model in (big, small):
+        length_of(model, job.max_length)
+    sizes = len(tables.train), tables.labelled, job.epochs
+    recipe = recipe_for(job.method, *sizes, job.lr, job.batch_size)
+    labels = encoded_rows(tables.validation, small, ("label",)).labels()
+    _metric(job, tables)(torch.randn(len(labels), tables.outputs), labels)
+    return big, small, recipe
+
+# %% ../nbs/commands.ipynb #18f47ea2
+def floor_scores(
+    tables: Tables,  # of a job
+    held_out: dict[str, Any],  # name -> labelled rows
+    metric: str | None = None,  # as in `scores_of`
+) -> dict[str, dict[str, float]]:  # name -> score -> value
+    "What the commonest class scores; nothing for scores and for several labels."
+    labels = [x for x in tables.train["label"][:] if has_label(x)]
+    if not tables.classes or isinstance(labels[0], list):
+        return {}
+    commonest = max(sorted({*labels}), key=labels.count)
+    one_hot = torch.zeros(tables.outputs)
+    one_hot[commonest] = 1.0
+    found, kind = {}, metric or "accuracy"
+    for name, rows in held_out.items():
+        told = torch.tensor(rows["label"][:])
+        value = metric_of(kind)(one_hot.expand(len(told), -1), told)
+        found[name] = {kind: value}
+    return found
+
+# %% ../nbs/commands.ipynb #39989f75
 def distill(
     job: Job,  # what to do
     progress: bool = True,  # bars and lines
-) -> dict[str, Any]:  # "scores" of the kept student, of its teacher, and all "runs"
+) -> dict[str, Any]:  # "scores", those of "teacher" and "floor", and all "runs"
     """Read, fine-tune the teacher, annotate, train, keep the best student; resumable.
 
     Raises `ValueError` for what cannot work, before it trains."""
     tables = tables_of(job)
+    prepared(job, tables)
+    _same_as_before(
+        job.folder("work"), _student_facts(job, tables), "give another --out"
+    )
     big = ready_teacher(job, tables, progress)
     if job.method not in WITHOUT_TEACHER:
         tables = with_answers(tables, big, progress)
     runs = [student_run(job, tables, big, n, progress) for n in range(job.seeds)]
     best = max(runs, key=lambda run: run.best["score"])
+    _warn_of_one_answer("student", best.student, tables, "--lr")
     held_out = {"validation": tables.validation, **tables.test}
     scores = scores_of(best.student, held_out, job.metric, progress)
     about = f"A student of {job.teacher}, by {job.method}."
@@ -400,6 +550,7 @@ def distill(
     return {
         "scores": scores,
         "teacher": scores_of(big, held_out, job.metric, progress),
+        "floor": floor_scores(tables, held_out, job.metric),
         "runs": [run.best["score"] for run in runs],
         "parameters": [num_parameters(model) for model in (best.student, big)],
     }
@@ -411,17 +562,19 @@ def plan(
     "What `distill` would do, and about how long. Raises `ValueError` as it does."
     tables = tables_of(job)
     finished = is_finished(job.teacher, tables.outputs)
-    done = job.folder("work", "teacher", "training.json").exists()
-    big = _untrained(teacher(job.teacher, tables.outputs), None)
-    small = named_student(job.student, big, tables.outputs)
-    sizes = len(tables.train), tables.labelled, job.epochs
-    recipe = recipe_for(job.method, *sizes, job.lr, job.batch_size)
+    own = job.folder("work", "teacher")
+    done = (own / "training.json").exists()
+    if done:
+        way_out = f"give another --out, or delete {own}"
+        _same_as_before(own, _teacher_facts(job, tables), way_out)
+    big, small, recipe = prepared(job, tables)
     rows = {"all": len(tables.train), "labelled": tables.labelled}
     updates = 0
     for stage in recipe.stages:
         per_epoch = -(-rows[getattr(stage.objective, "rows", "all")] // job.batch_size)
         updates += stage.epochs * per_epoch
-    tuning = 0 if finished or done else job.teacher_epochs * -(-tables.labelled // 32)
+    passes = _teacher_epochs(job, tables)
+    tuning = 0 if finished or done else passes * -(-tables.labelled // 32)
     seconds = job.seeds * updates * _seconds(small, tables, job, job.batch_size, True)
     seconds += tuning * _seconds(big, tables, job, 32, True)
     if job.method not in WITHOUT_TEACHER:
@@ -433,7 +586,7 @@ def plan(
     return [
         f"rows: {len(tables.train):,} to train on, {tables.labelled:,} with a label",
         f"labels: {kind}",
-        f"held out: {len(tables.validation):,} of validation, {', '.join(others)}",
+        ", ".join([f"held out: {len(tables.validation):,} of validation", *others]),
         f"teacher: {job.teacher}, {num_parameters(big):,} weights, {tuned}",
         f"student: {job.student}, {num_parameters(small):,} weights",
         f"method: {METHODS[job.method]}",

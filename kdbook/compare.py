@@ -21,6 +21,7 @@ from kdbook.commands import (
     METHODS,
     Job,
     Tables,
+    prepared,
     ready_teacher,
     scores_of,
     student_run,
@@ -151,6 +152,7 @@ def run_comparison(
             "labels say yes or no to each of several classes: kdbook distill takes "
             "them, a comparison does not"
         )
+    prepared(comparison.job, tables)
     big = ready_teacher(comparison.job, tables, progress)
     tables, done = with_answers(tables, big, progress), 0
     header = {"job": repr(replace(comparison.job, out="")), "rows": len(tables.train)}

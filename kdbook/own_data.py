@@ -7,6 +7,7 @@ __all__ = ['Table', 'read_rows', 'read_table']
 
 # %% ../nbs/own_data.ipynb #27b3b25a
 import os
+import warnings
 from pathlib import Path
 from typing import Any, NamedTuple, Sequence
 
@@ -15,13 +16,40 @@ from .files import need
 from .rows import with_column, with_text
 
 # %% ../nbs/own_data.ipynb #452de7e5
+# an empty field is missing; "N/A" is a text like any other
+_FIELDS = {"keep_default_na": False, "na_values": [""]}
 _READERS = {
-    ".csv": ("from_csv", {}),
-    ".tsv": ("from_csv", {"sep": "\t"}),
+    ".csv": ("from_csv", _FIELDS),
+    ".tsv": ("from_csv", _FIELDS),
     ".json": ("from_json", {}),
     ".jsonl": ("from_json", {}),
     ".parquet": ("from_parquet", {}),
 }
+
+
+def _separator(path: Path) -> str:
+    "What divides the columns of a text table: the first line says."
+    with path.open(encoding="utf-8-sig", errors="replace") as lines:
+        first = lines.readline()
+    return max(",;\t", key=first.count)
+
+
+def _damage(path: Path, error: Exception) -> str:
+    "Why a file cannot be read, and what to do."
+    content = path.read_bytes()
+    if not content.strip():
+        return "it is empty"
+    if path.suffix.lower() != ".parquet":
+        try:
+            content.decode("utf-8")
+        except UnicodeDecodeError as e:
+            return (
+                f"its text is not UTF-8 (byte {e.start:,}): save it again as UTF-8, "
+                "which spreadsheets call 'CSV UTF-8'"
+            )
+        if len(content.strip().splitlines()) == 1:
+            return "it has one line, and no rows below it"
+    return str(error.__cause__ or error).splitlines()[0]
 
 
 def _of_file(path: Path) -> "datasets.Dataset":
@@ -33,13 +61,14 @@ def _of_file(path: Path) -> "datasets.Dataset":
             f"{path} is none of {', '.join(_READERS)}: save the table as one of them"
         )
     name, options = _READERS[path.suffix.lower()]
+    if name == "from_csv":
+        options = options | {"sep": _separator(path)}
     try:
         return getattr(Dataset, name)(str(path), keep_in_memory=True, **options)
     except Exception as e:  # whatever pandas and pyarrow make of a damaged file
-        reason = str(e.__cause__ or e).splitlines()[0]
-        raise ValueError(f"{path} cannot be read as a table: {reason}") from e
+        raise ValueError(f"{path} cannot be read: {_damage(path, e)}") from e
 
-
+# %% ../nbs/own_data.ipynb #445bf9ff
 def _of_folder(path: Path) -> "datasets.Dataset":
     "The rows of all files of a folder, or of a saved data set."
     from datasets import concatenate_datasets, load_from_disk
@@ -84,8 +113,36 @@ class Table(NamedTuple):
         return len(first) if isinstance(first, list) else 1
 
 # %% ../nbs/own_data.ipynb #053fe909
+_MISSING = {"", "NA", "N/A", "NaN", "nan", "null", "None"}
+
+
 def _is_missing(value: Any) -> bool:
     return value is None or value != value or value == -100
+
+
+def _plain(values: list) -> list:
+    "Labels without blanks around them; numbers that are written as texts, as numbers."
+    words = [v.strip() if isinstance(v, str) else v for v in values]
+    words = [None if isinstance(v, str) and v in _MISSING else v for v in words]
+    known = [v for v in words if isinstance(v, str)]
+    try:
+        numbers = {v: float(v) for v in known}
+    except ValueError:
+        return words
+    return [numbers.get(v, v) if isinstance(v, str) else v for v in words]
+
+
+def _warn_of_twins(names: list[str]) -> None:
+    "Tell of classes that differ by capitals only."
+    seen: dict[str, str] = {}
+    for name in names:
+        other = seen.setdefault(name.casefold(), name)
+        if other != name:
+            warnings.warn(
+                f"the classes {other!r} and {name!r} differ by capitals only: write "
+                "them alike if they are one",
+                stacklevel=4,
+            )
 
 
 def _as_classes(
@@ -96,9 +153,10 @@ def _as_classes(
     words = any(isinstance(value, str) for value in known)
     name = str if words else lambda value: str(int(value))
     found = sorted({*known}, key=str if words else int)
-    names = [*classes] if classes else [name(value) for value in found]
+    names = [each.strip() for each in classes] if classes else [*map(name, found)]
     if not words and not classes and found[:1] == [0]:
         names = [str(number) for number in range(int(found[-1]) + 1)]
+    _warn_of_twins(names)
     place = {each: number for number, each in enumerate(names)}
     for number, value in enumerate(values):
         if not _is_missing(value) and name(value) not in place:
@@ -108,11 +166,24 @@ def _as_classes(
             )
     return [-100 if _is_missing(v) else place[name(v)] for v in values], names
 
-
+# %% ../nbs/own_data.ipynb #7b298fc5
 def _are_scores(values: list) -> bool:
     "Whether there is a fraction among the labels."
     numbers = [v for v in values if isinstance(v, (int, float)) and not _is_missing(v)]
     return any(not float(value).is_integer() for value in numbers)
+
+
+def _check_texts(rows: Any, columns: Sequence[str]) -> None:
+    "Raise `ValueError` for a row without text, by the name of its column."
+    for name, own in zip(("text", "text_pair"), columns):
+        if name not in rows.column_names:
+            continue
+        for number, text in enumerate(rows[name][:]):
+            if not isinstance(text, str) or not text.strip():
+                raise ValueError(
+                    f"row {number} has no text in the column {own!r} but {text!r}: "
+                    "fill it, or leave the row out"
+                )
 
 # %% ../nbs/own_data.ipynb #255be466
 def read_rows(
@@ -126,13 +197,15 @@ def read_rows(
         return _of_file(path)
     if path.is_dir():
         return _of_folder(path)
-    if path.suffix.lower() in _READERS:
+    hub = "/" in str(source) or ":" in str(source)
+    if path.suffix.lower() in _READERS or (path.suffix and not hub):
         raise ValueError(f"there is no file {path}")
     return _of_hub(str(source))
 
 
-def _check_columns(rows: Any, label: str | None) -> None:
-    columns = ", ".join(rows.column_names)
+def _check_columns(rows: Any, names: Sequence[str], label: str | None) -> None:
+    "Raise `ValueError` where no column is the text, or none has the label's name."
+    columns = ", ".join(names)
     if "text" not in rows.column_names and "input_ids" not in rows.column_names:
         raise ValueError(
             f"which column is the text? There are {columns}: give text=, or two names "
@@ -151,8 +224,21 @@ def read_table(
 ) -> Table:
     "Rows under the book's names. Raises `ValueError` naming the file, column or row."
     need("datasets", "train")
-    rows = with_text(read_rows(source), text)
-    _check_columns(rows, label)
+    try:
+        return _table(read_rows(source), text, label, classes, scores)
+    except ValueError as e:
+        if not isinstance(source, (str, os.PathLike)) or str(source) in str(e):
+            raise
+        raise ValueError(f"{source}: {e}") from e
+
+
+def _table(rows: Any, text: Any, label: Any, classes: Any, scores: bool) -> Table:
+    "The rows as a table; what is wrong is said by the columns' own names."
+    names = rows.column_names
+    rows = with_text(rows, text)
+    _check_columns(rows, names, label)
+    own = [text] if isinstance(text, str) else list(text or ("text", "text_pair"))
+    _check_texts(rows, own)
     if label not in (None, "label"):
         others = {"label"} & {*rows.column_names}
         rows = rows.remove_columns(sorted(others)).rename_column(label, "label")
@@ -164,6 +250,7 @@ def read_table(
         classes = classes or names
     if any(isinstance(value, list) for value in values):
         return Table(rows, None)
+    values = values if names else _plain(values)
     if scores or (classes is None and _are_scores(values)):
         numbers = [-100.0 if _is_missing(v) else float(v) for v in values]
         return Table(with_column(rows, "label", numbers), None)

@@ -199,7 +199,52 @@ def test_a_wrong_request_is_a_sentence(kind, tables, teacher, tmp_path, capsys):
     out = tmp_path / "small"
     assert main(["distill", *request(tables, teacher, out, *more)]) == 2
     assert message in capsys.readouterr().err
-    assert not (out / "model.safetensors").exists()
+    assert not out.exists()
+
+
+def test_a_folder_is_one_piece_of_work(tables, teacher, tmp_path, capsys):
+    "Other settings in the same folder, a file, and a folder of other things."
+    out = tmp_path / "small"
+    line = request(tables, teacher, out, *ONE)
+    assert main(["distill", *line]) == 0
+    assert main(["distill", *line, "--seeds", "2"]) == 0
+    capsys.readouterr()
+    for more, told in {
+        ("--lr", "1e-3"): "was made with lr 0.002, and now it is 0.001",
+        ("--method", "alone"): "was made with method 'hinton'",
+        ("--teacher-epochs", "2"): "was made with epochs 1, and now it is 2",
+    }.items():
+        assert main(["distill", *line, *more]) == 2
+        assert told in capsys.readouterr().err
+    file = tmp_path / "file"
+    file.write_text("mine")
+    assert main(["distill", *request(tables, teacher, file, *ONE)]) == 2
+    assert "is a file" in capsys.readouterr().err
+    assert main(["distill", *request(tables, teacher, tmp_path, *ONE)]) == 2
+    assert "holds other things" in capsys.readouterr().err and file.exists()
+
+
+def test_what_learned_nothing_says_so(teacher, tmp_path, capsys):
+    "One row in twelve has the other label, by chance: the answer is always the same."
+    table, rng = tmp_path / "chance.csv", np.random.default_rng(1)
+    rows = [
+        (" ".join(rng.choice(WORDS, 5)), "down" if k % 12 == 5 else "up")
+        for k in range(240)
+    ]
+    pd.DataFrame(rows, columns=["review", "verdict"]).to_csv(table, index=False)
+    line = ["--train", str(table), "--teacher", teacher, "--out", str(tmp_path / "o")]
+    line += ["--student", "1x32", "--teacher-epochs", "1", *ONE]
+    with pytest.warns(UserWarning, match="answers 'up' on every row of validation"):
+        assert main(["distill", *line]) == 0
+    assert "the commonest class on every row" in capsys.readouterr().out
+
+
+def test_one_label_is_nothing_to_learn(teacher, tmp_path):
+    table = tmp_path / "one.csv"
+    table.write_text("review,verdict\n" + "good,up\n" * 20)
+    job = Job(train=str(table), out="o", teacher=teacher, label="verdict")
+    with pytest.raises(ValueError, match="all 20 labels of .* are 'up'"):
+        tables_of(replace(job, text=("review",)))
 
 
 def test_annotated_tables_and_teachers_without_a_head(
@@ -331,7 +376,7 @@ def test_real_sentences_by_command(tmp_path):
         train=str(tmp_path / "train.parquet"),
         validation=str(tmp_path / "validation.parquet"),
         out=str(tmp_path / "small"),
-        teacher_lr=1e-4,
+        teacher_epochs=3,
         student="layers:3",
         lr=2e-4,
         epochs=6,
