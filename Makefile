@@ -52,6 +52,7 @@ test: $(READY) ## run every test: chapters, exports, outputs, format, tests/ (un
 format: $(READY) ## format notebooks, tools and tests, and mend what the linter can; then export
 	$(PY) -m ruff check --fix nbs tools tests $(ARGS)
 	$(PY) -m ruff format nbs tools tests
+	$(PY) tools/folds.py
 	$(PY) -c "from nbdev.doclinks import nbdev_export; nbdev_export()"
 
 refresh: $(READY) ## export the package, then re-run the chapters that are stale (minutes a chapter)

@@ -140,3 +140,22 @@ def free_port():
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         return s.getsockname()[1]
+
+
+# the site
+
+
+def built_site(tmp_path_factory):
+    "The site, built once for all processes of a test run; warnings fail the test."
+    import build_site
+    from filelock import FileLock
+
+    base = tmp_path_factory.getbasetemp()
+    base = base.parent if os.environ.get("PYTEST_XDIST_WORKER") else base
+    docs, told = base / "docs", base / "warnings.txt"
+    with FileLock(base / "site.lock"):
+        if not told.exists():
+            warnings = build_site.main(out=docs, work=base / "work")
+            told.write_text("\n".join(warnings), encoding="utf-8")
+    assert not told.read_text(encoding="utf-8")
+    return docs

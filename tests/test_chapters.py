@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 import refresh
+from folds import HIDDEN, hide
 from fresh import IMPORTS, imported
 from house import TECHNIQUES
 
@@ -42,6 +43,15 @@ def cells(path):
 
 def text(value):
     return "".join(value) if isinstance(value, list) else value
+
+
+@each_chapter
+def test_cells_are_folded(path):
+    "JupyterLab and Colab collapse what the site folds."
+    nb = json.loads(path.read_text(encoding="utf-8"))
+    folded = hide(json.loads(json.dumps(nb)))
+    found = [c["metadata"] for c in nb["cells"]]
+    assert found == [c["metadata"] for c in folded["cells"]], "run make format"
 
 
 @each_chapter
@@ -85,7 +95,7 @@ def test_chapter_is_clean(path):
 
     nb = json.loads(path.read_text(encoding="utf-8"))
     before = json.dumps(nb, sort_keys=True)
-    clean_nb(nb)
+    clean_nb(nb, allowed_cell_metadata_keys=[*HIDDEN])
     assert json.dumps(nb, sort_keys=True) == before, "run nbdev_clean"
 
 

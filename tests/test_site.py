@@ -3,10 +3,10 @@
 import html
 import re
 
-import build_site
 import pages
 import pytest
 import refresh
+from helpers import built_site
 
 TAGS = re.compile(r"<(script|style|annotation)\b.*?</\1>|<[^>]*>", re.S)
 # a cell's directive, a callout's fence, a formula
@@ -14,11 +14,10 @@ RAW = re.compile(r"^#\| .*|^::: ?.*|\\[(\[][^)]*\\[)\]]", re.M)
 
 
 @pytest.mark.slow
-def test_site_builds(tmp_path, capsys):
-    failed = build_site.main(out=tmp_path / "docs", work=tmp_path / "work")
-    assert not failed, capsys.readouterr().out
+def test_site_builds(tmp_path_factory):
+    docs = built_site(tmp_path_factory)
     for chapter in refresh.chapters():
-        page = tmp_path / "docs" / "nbs" / f"{chapter.stem}.html"
+        page = docs / "nbs" / f"{chapter.stem}.html"
         shown = html.unescape(TAGS.sub("", page.read_text(encoding="utf-8")))
         raw = RAW.search(shown)
         assert not raw, f"{chapter.stem}: {raw.group(0)[:80]!r} is on the page as text"

@@ -163,7 +163,7 @@ def quarto(
 
 def main(
     out: Path = ROOT / "_docs", work: Path = ROOT / "_proc", nbs: Path = ROOT / "nbs"
-) -> bool:  # True where there were warnings
+) -> list[str]:  # warnings
     from smalldocs.site import build
 
     start = time.monotonic()
@@ -179,8 +179,8 @@ def main(
     pages = len(list(out.rglob("*.html")))
     print(f"{out.name}/: {pages} pages in {time.monotonic() - start:.0f} s")
     print(*warnings, sep="\n")
-    return bool(warnings)
+    return warnings
 
 
 if __name__ == "__main__":
-    sys.exit(quarto() if "--quarto" in sys.argv else main())
+    sys.exit(quarto() if "--quarto" in sys.argv else bool(main()))

@@ -22,6 +22,7 @@ REMOTE = re.compile(
     r'|<script\b[^>]*src="https?://[^>]*></script>'
     r'|<img\b[^>]*src="https?://[^>]*>'
 )
+NO_ALT = re.compile(r"<img\b(?![^>]*\balt=)[^>]*>")
 FONTS = re.compile(r"""@import\s*(?:url\()?["']?https?://[^"')]*["']?\)?;""")
 PICTURE = re.compile(r'src="data:image/png;base64,([A-Za-z0-9+/=]{2000,})"')
 SHARED = re.compile(
@@ -30,6 +31,8 @@ SHARED = re.compile(
     re.S,
 )
 EXPLORE = re.compile(r"<script>(\(function \(\) \{\nconst D = .*?)</script>", re.S)
+# nbdev's links in signatures, which are code
+IN_CODE = re.compile(r"\[`([\w.]+)`\]\([^)\s<]*\)")
 # nbdev links private names too, and gives them no place
 PRIVATE = re.compile(r'<a\b[^>]*href="[^"]*#_\w+"[^>]*>(.*?)</a>', re.S)
 # while settings.ini holds a placeholder, its addresses lead nowhere
@@ -173,11 +176,13 @@ def finish(
     for path in sorted(out.rglob("*.html")):
         text = REMOTE.sub("", path.read_text(encoding="utf-8"))
         text = NOBODY.sub("", text)
+        text = IN_CODE.sub(r"\1", text)
         text = PRIVATE.sub(r"\1", text)
         text = MATH.sub(lambda m: mathml(m, path.name, problems), text)
         text = files.share(PICTURE.sub(files.picture, text))
         text = EXPLORE.sub(files.explore, text)
         text = re.sub(r"(<body\b[^>]*>)", rf"\1{SKIP}", text, count=1)
+        problems += [f"{path.name}: a picture without alt" for _ in NO_ALT.findall(text)]
         path.write_text(text, encoding="utf-8")
     for path in out.rglob("*.css"):
         text = path.read_text(encoding="utf-8")

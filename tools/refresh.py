@@ -26,6 +26,7 @@ from pathlib import Path
 from typing import Any
 
 import nbformat
+from folds import HIDDEN, hide
 from fresh import Canonical, Module, Package, Ref, bound, sha
 from nbformat import NotebookNode
 from tqdm import tqdm
@@ -288,13 +289,13 @@ def tidied(output: NotebookNode) -> NotebookNode | None:
 
 
 def tidy(nb: NotebookNode) -> NotebookNode:
-    "Leave out progress bars, and widget views that have an HTML twin."
+    "Leave out progress bars and widget views with an HTML twin; fold cells."
     for cell in nb.cells:
         if cell.cell_type == "code":
             outputs = map(tidied, cell.get("outputs", []))
             cell.outputs = [output for output in outputs if output]
     nb.metadata.pop("widgets", None)
-    return nb
+    return hide(nb)
 
 
 def write_text(path: Path, text: str) -> None:
@@ -308,7 +309,7 @@ def save(nb: NotebookNode, path: Path) -> bool:
     "Write a notebook as nbdev_clean leaves it, if that is not what is there."
     from nbdev.clean import clean_nb
 
-    clean_nb(nb)
+    clean_nb(nb, allowed_cell_metadata_keys=[*HIDDEN])
     text = nbformat.writes(nbformat.from_dict(nb))
     if json.loads(text) == json.loads(path.read_text(encoding="utf-8")):
         return False
