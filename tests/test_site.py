@@ -3,6 +3,7 @@
 import html
 import re
 
+import owner
 import pages
 import pytest
 import refresh
@@ -39,3 +40,13 @@ def test_formulas_become_mathml():
     assert not problems
     pages.MATH.sub(draw, r'<span class="math inline">\(\nosuch x\)</span>')
     assert "nosuch" in problems[0]
+
+
+@pytest.mark.skipif(not (owner.ROOT / ".git").exists(), reason="asks git for files")
+def test_addresses_have_the_owner_of_the_settings():
+    names = {
+        found["name"]
+        for path in owner.texts()
+        for found in owner.ADDRESS.finditer(path.read_text(encoding="utf-8"))
+    }
+    assert names == {owner.owner()}, "python tools/owner.py NAME writes them anew"

@@ -16,12 +16,12 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
-from configparser import ConfigParser
 from pathlib import Path
 from typing import Any
 
 import yaml
 from folds import fold
+from owner import PLACEHOLDER, owner
 from pages import finish
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -55,20 +55,12 @@ def without_title(nb: dict[str, Any]) -> dict[str, Any]:
     return nb
 
 
-def owner() -> str | None:
-    "Who publishes the project; None while settings.ini holds a placeholder."
-    settings = ConfigParser(delimiters=["="])
-    settings.read(ROOT / "settings.ini", encoding="utf-8")
-    user = settings["DEFAULT"]["user"]
-    return None if user == "someone" else user
-
-
 def without_owner(
     settings: str,  # of the site, YAML
 ) -> str:
-    "The settings with the owner's name, or without links while there is none."
-    if user := owner():
-        return settings.replace("someone", user)
+    "The settings, without addresses while they lead nowhere."
+    if owner() != PLACEHOLDER:
+        return settings
     data = yaml.safe_load(settings)
     for key in ("site-url", "repo-url", "repo-actions"):
         data["website"].pop(key, None)
@@ -87,7 +79,7 @@ def folded(
     words: dict[str, str],  # as `folds` gives them
 ) -> dict[str, Any]:
     "The copy with directives that fold cells, and without a badge that leads nowhere."
-    if not owner():
+    if owner() == PLACEHOLDER:
         badge = lambda cell: "colab-badge" in "".join(cell["source"])
         nb["cells"] = [cell for cell in nb["cells"] if not badge(cell)]
     for cell in nb["cells"]:

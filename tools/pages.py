@@ -14,6 +14,8 @@ from html.parser import HTMLParser
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
+from owner import PLACEHOLDER
+
 MATH = re.compile(
     r'(<span class="math (inline|display)">)\\[(\[](.*?)\\[)\]](</span>)', re.S
 )
@@ -36,7 +38,9 @@ IN_CODE = re.compile(r"\[`([\w.]+)`\]\([^)\s<]*\)")
 # nbdev links private names too, and gives them no place
 PRIVATE = re.compile(r'<a\b[^>]*href="[^"]*#_\w+"[^>]*>(.*?)</a>', re.S)
 # while settings.ini holds a placeholder, its addresses lead nowhere
-NOBODY = re.compile(r'<a\b[^>]*href="https://[^"]*/someone[/"][^>]*>.*?</a>', re.S)
+NOBODY = re.compile(
+    rf'<a\b[^>]*href="https://[^"]*/{PLACEHOLDER}[/"][^>]*>.*?</a>', re.S
+)
 SKIP = '<a class="kd-skip" href="#quarto-content">Skip to the text</a>'
 
 
@@ -182,7 +186,9 @@ def finish(
         text = files.share(PICTURE.sub(files.picture, text))
         text = EXPLORE.sub(files.explore, text)
         text = re.sub(r"(<body\b[^>]*>)", rf"\1{SKIP}", text, count=1)
-        problems += [f"{path.name}: a picture without alt" for _ in NO_ALT.findall(text)]
+        problems += [
+            f"{path.name}: a picture without alt" for _ in NO_ALT.findall(text)
+        ]
         path.write_text(text, encoding="utf-8")
     for path in out.rglob("*.css"):
         text = path.read_text(encoding="utf-8")

@@ -71,7 +71,7 @@
     }
     return out;
   }
-  kd.landscape = { mix, finer, between, contour };
+  kd.landscape = { mix, finer, between, contour, shade };
 
   // Viridis, from high to low: deep is yellow
   const STOPS = [
