@@ -22,6 +22,7 @@ from kdbook.figures import (
     gradients_figure,
     kronecker_figure,
     noise_figure,
+    pass_figure,
     pool_figure,
     schedules_figure,
     temperature_figure,
@@ -142,6 +143,9 @@ def figures():
         "average": average_figure(),
         "pool": pool_figure(),
         "gap": gap_figure(),
+        "pass": pass_figure(
+            range(5), range(4), weight[:4, :5] ** 2, [[1, 1], [3, 2]], ["a", "b"]
+        ),
     }
 
 
@@ -304,6 +308,8 @@ def test_surfaces_in_scripts_say_what_python_says(stage):
     np.testing.assert_allclose(inner, wanted[2:-2, 2:-2], atol=1e-9)
     script = "return [kdbook.landscape.between(v[0], 7, 7, 1 / 3, 0.5)]"
     close(stage, script, [cubic[3, 2]], cubic.flatten().tolist())
+    for heights, wanted in (([1.0, 4, 1], 3), ([0.0, 2, 2], 1), ([0.0, 1, 2], 0)):
+        close(stage, "return [kdbook.pass.barrier(v[0])]", [wanted], heights)
     # a level of the plane x + y is a line: all its pieces lie on it
     plane = np.add.outer(np.arange(5.0), np.arange(5.0)).flatten().tolist()
     script = "return kdbook.landscape.contour(v[0], 5, 5, 2.5)"
