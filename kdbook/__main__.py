@@ -198,7 +198,7 @@ def _compare(comparison: Comparison, dry_run: bool) -> None:
         run_comparison(comparison)
     print(write_report(comparison))
 
-
+# %% ../nbs/command_line.ipynb #7782cfc8
 @contextmanager
 def _calm() -> Iterator[None]:
     "Warnings in one line, once; no reports of other libraries."

@@ -346,7 +346,7 @@ def _teacher_facts(job: Job, tables: Tables) -> dict[str, Any]:
     facts |= {"lr": job.teacher_lr, "max_length": job.max_length, "bf16": job.bf16}
     return facts | {"labelled rows": _digest(told), "classes": tables.classes}
 
-
+# %% ../nbs/commands.ipynb #50163857
 def _same_as_before(place: Path, facts: dict[str, Any], way_out: str) -> None:
     "Note what a folder is made of; raise `ValueError` where it was something else."
     path = place / "made_of.json"
@@ -362,6 +362,13 @@ def _same_as_before(place: Path, facts: dict[str, Any], way_out: str) -> None:
                 f"{place} was made with {name} {before.get(name)!r}, and now it is "
                 f"{value!r}: {way_out}"
             )
+
+
+def _note_teacher(job: Job, tables: Tables) -> None:
+    "Raise `ValueError` where the folder holds a teacher made in another way."
+    own = job.folder("work", "teacher")
+    way_out = f"give another --out, or delete {own}"
+    _same_as_before(own, _teacher_facts(job, tables), way_out)
 
 # %% ../nbs/commands.ipynb #a78d5c9e
 def _warn_of_one_answer(
@@ -397,8 +404,7 @@ def ready_teacher(
     model = _loaded(job.teacher, tables.outputs, job.max_length)
     if is_finished(job.teacher, tables.outputs):
         return model
-    way_out = f"give another --out, or delete {own}"
-    _same_as_before(own, _teacher_facts(job, tables), way_out)
+    _note_teacher(job, tables)
     if (own / "training.json").exists():
         return _loaded(str(own), tables.outputs, job.max_length)
     epochs = _teacher_epochs(job, tables)
@@ -562,11 +568,9 @@ def plan(
     "What `distill` would do, and about how long. Raises `ValueError` as it does."
     tables = tables_of(job)
     finished = is_finished(job.teacher, tables.outputs)
-    own = job.folder("work", "teacher")
-    done = (own / "training.json").exists()
+    done = job.folder("work", "teacher", "training.json").exists()
     if done:
-        way_out = f"give another --out, or delete {own}"
-        _same_as_before(own, _teacher_facts(job, tables), way_out)
+        _note_teacher(job, tables)
     big, small, recipe = prepared(job, tables)
     rows = {"all": len(tables.train), "labelled": tables.labelled}
     updates = 0

@@ -51,7 +51,7 @@ def _damage(path: Path, error: Exception) -> str:
             return "it has one line, and no rows below it"
     return str(error.__cause__ or error).splitlines()[0]
 
-
+# %% ../nbs/own_data.ipynb #5854b0f0
 def _of_file(path: Path) -> "datasets.Dataset":
     "The rows of a file. Raises `ValueError` for one that cannot be read."
     from datasets import Dataset
@@ -144,7 +144,7 @@ def _warn_of_twins(names: list[str]) -> None:
                 stacklevel=4,
             )
 
-
+# %% ../nbs/own_data.ipynb #c7557579
 def _as_classes(
     values: list, classes: Sequence[str] | None
 ) -> tuple[list[int], list[str]]:
@@ -231,7 +231,7 @@ def read_table(
             raise
         raise ValueError(f"{source}: {e}") from e
 
-
+# %% ../nbs/own_data.ipynb #1bfa8c5c
 def _table(rows: Any, text: Any, label: Any, classes: Any, scores: bool) -> Table:
     "The rows as a table; what is wrong is said by the columns' own names."
     names = rows.column_names

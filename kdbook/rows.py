@@ -221,7 +221,7 @@ def length_of(
         )
     return max_length
 
-
+# %% ../nbs/rows.ipynb #d4f57cfa
 def _positions(model: nn.Module) -> float:  # infinity: no limit is known
     "Tokens that a model can tell apart by their place."
     found = getattr(getattr(model, "config", None), "max_position_embeddings", None)

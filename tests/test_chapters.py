@@ -29,7 +29,7 @@ PLACES = re.compile(
     + r"|/home/|/Users/|[A-Z]:\\Users|site-packages|ipykernel_\d+|\bat 0x[0-9a-f]{6,}"
 )
 FREE_TO_IMPORT = {"kdbook.plots", "kdbook.widgets", "kdbook.kronecker_bert"}
-FREE_TO_IMPORT |= {"kdbook.hf"}
+FREE_TO_IMPORT |= {"kdbook.hf", "kdbook.figures"}
 HEAVY = (
     "transformers datasets accelerate matplotlib ipywidgets IPython pandas sklearn "
     "scipy tensorly fastcore nbdev"
@@ -208,7 +208,7 @@ FLOORS = {
     "kdbook.training": "foundations",
     "kdbook.evaluation kdbook.attack kdbook.landscape": "measures",
     " ".join(f"kdbook.{name}" for name in TECHNIQUES): "techniques",
-    "kdbook.plots kdbook.widgets": "pictures",
+    "kdbook.plots kdbook.widgets kdbook.figures": "pictures",
     "kdbook.records.settings kdbook.records.store kdbook.records.ladder": "records",
     "kdbook.records.race kdbook.records.standings": "records",
     "kdbook.own_data kdbook.tokens kdbook.deliver kdbook.hf": "own",
@@ -232,6 +232,7 @@ MAY_IMPORT = {
 }
 PAIRS = {  # module -> what it may import besides
     "identity": "files",
+    "figures": "records.store plots",
     "archives": "files",
     "preflight": "recipes",
     "training": "recipes preflight",

@@ -3,24 +3,36 @@
 import json
 import os
 import shutil
+import string
 import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from accelerate.state import AcceleratorState
+from datasets import Dataset
 from helpers import ROOT, changed, images, net, same, weights
 from tiny_text import bert, rows
-from transformers import Trainer, TrainerCallback, TrainingArguments
+from tokenizers import Regex, Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import Split
+from transformers import (
+    PreTrainedTokenizerFast,
+    Trainer,
+    TrainerCallback,
+    TrainingArguments,
+)
 
 from kdbook import annealing_kd, reweighted_kd, swa
 from kdbook.distillation import annotate, live
 from kdbook.files import load_tensors, save_tensors
 from kdbook.hf import Collator, DistillationTrainer, SWACallback
+from kdbook.models import student as bert_student
 from kdbook.recipes import Recipe, Stage
-from kdbook.rows import copied, predict_logits
+from kdbook.rows import copied, encode, predict_logits
 from kdbook.training import (
     CrossEntropy,
     Hinton,
@@ -414,3 +426,43 @@ def test_two_processes_make_the_updates_of_one(tmp_path):
 
 if __name__ == "__main__":
     train_shared(*sys.argv[1:])
+
+
+def by_letters():
+    "A student whose tokenizer knows letters, and nothing of its teacher's words."
+    letters = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", *string.ascii_lowercase, " "]
+    words = Tokenizer(WordLevel({x: k for k, x in enumerate(letters)}, "[UNK]"))
+    words.pre_tokenizer = Split(Regex("."), "isolated")
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=words,
+        pad_token="[PAD]",
+        unk_token="[UNK]",
+        cls_token="[CLS]",
+        sep_token="[SEP]",
+    )
+    model = bert(width=32)
+    model.tokenizer = tokenizer
+    return model
+
+
+def test_teacher_and_student_have_tokenizers_of_their_own(tmp_path):
+    "The text is what they share: the teacher writes beside it, the student reads it."
+    rng = np.random.default_rng(0)
+    words = ["yes", "no", "so"]
+    texts = [" ".join(rng.choice(words, 4)) for _ in range(64)]
+    labels = [int(text.count("yes") > text.count("no")) for text in texts]
+    data = Dataset.from_dict({"text": texts, "label": labels})
+    teacher = bert_student(layers=1, width=32, seed=0)
+    told = annotate(data, teacher, cache=False, progress=False)
+    assert told.column_names == ["text", "label", "teacher_logits"]
+    run = fit(by_letters(), one_stage(Hinton(), epochs=2), told, progress=False)
+    logits = predict_logits(run.student, data, progress=False)
+    assert logits.shape == (64, 2) and not torch.equal(logits[0], logits[-1])
+    trainer = DistillationTrainer(
+        by_letters(), arguments(tmp_path), recipe=Hinton(), train_dataset=told
+    )
+    assert trainer.train().training_loss > 0
+    ids = encode(data, by_letters())["input_ids"][:]
+    assert [len(x) for x in ids] == [len(text) for text in texts]
+    with pytest.raises(ValueError, match="tokenizer"):
+        fit(by_letters(), one_stage(Hinton()), encode(told, teacher), progress=False)

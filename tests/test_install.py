@@ -27,6 +27,7 @@ EXTRAS = ("train", "book", "jupyter", "dev")  # each holds those before it
 AT_IMPORT = {
     "plots": "book",
     "widgets": "book",
+    "figures": "book",
     "kronecker_bert": "train",
     "hf": "train",
 }
@@ -110,7 +111,8 @@ def test_the_wheel_holds_the_whole_package(wheel):
         found = {name for name in archive.namelist() if name.startswith("kdbook/")}
     modules = (ROOT / "kdbook").rglob("*.py")
     expected = {path.relative_to(ROOT).as_posix() for path in modules}
-    assert found == expected | {"kdbook/py.typed"}
+    scripts = {f"kdbook/scripts/{p.name}" for p in (ROOT / "kdbook/scripts").iterdir()}
+    assert found == expected | scripts | {"kdbook/py.typed"}
 
 
 def test_the_wheel_asks_for_two_packages_and_offers_the_extras(wheel):

@@ -13,7 +13,9 @@ big = teacher(sys.argv[1])
 train, validation = (read_table(path).rows for path in sys.argv[2:4])
 trainer = DistillationTrainer(
     student_from(big, layers=3),
-    TrainingArguments("out", num_train_epochs=6, learning_rate=2e-4, report_to="none"),
+    TrainingArguments(
+        per_device_train_batch_size=32, num_train_epochs=6, learning_rate=2e-4
+    ),
     recipe=Hinton(),
     train_dataset=annotate(train, big),
     eval_dataset=validation,

@@ -49,7 +49,7 @@ def make_job(folder: Path) -> list[str]:
         rows = task[split].select(range(count)).select_columns(["text", "label"])
         rows.to_csv(folder / f"{split}.csv", index=False)
     tables = [str(folder / f"{split}.csv") for split in ("train", "validation")]
-    job = Job(*tables[:1], str(folder / "job"), tables[1], teacher_lr=1e-4)
+    job = Job(*tables[:1], str(folder / "job"), tables[1], teacher_epochs=3)
     ready_teacher(job, tables_of(job))
     return [str(folder / "job" / "work" / "teacher"), *tables]
 
