@@ -90,11 +90,16 @@ def main() -> int:
             if version is None or not (HERE / f"{name}.py").exists():
                 print(f"{title}: {library} is not installed here")
                 continue
+            try:
+                right = run(name, arguments, python)
+            except RuntimeError as e:  # a library that does not load here
+                print(e)
+                continue
             found[name] = {
                 "title": title,
                 "version": version,
                 "lines": lines_of(HERE / f"{name}.py"),
-                "right": run(name, arguments, python),
+                "right": right,
             }
             print(json.dumps(found[name]), flush=True)
     if args.store:
