@@ -46,7 +46,7 @@ book: $(READY) ## fetch the data, run the Annealing-KD chapter, print its ladder
 	@echo "Done. To read the site:       $(PY) -m http.server -d _docs 8000    then open http://localhost:8000"
 	@echo "To run and change chapters:   make lab"
 
-test: $(READY) ## run every test: chapters, exports, outputs, format, tests/ (under 12 minutes on two cores)
+test: $(READY) ## run every test: chapters, exports, outputs, format, tests/ (about a quarter of an hour on two cores)
 	OMP_NUM_THREADS=1 $(PY) -m pytest -n $(JOBS) --dist worksteal $(ARGS)
 
 format: $(READY) ## format notebooks, tools and tests, and mend what the linter can; then export
