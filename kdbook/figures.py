@@ -48,6 +48,12 @@ def _short(value: Any) -> Any:
         return [_short(each) for each in value]
     return float(f"{value:.5g}") if isinstance(value, float) else value
 
+
+def _shares(scores: np.ndarray) -> np.ndarray:
+    "Exponentials, normalised; the largest is taken off first."
+    found = np.exp(scores - scores.max())
+    return found / found.sum()
+
 # %% ../nbs/figures.ipynb #59e5e46a
 class Moving:
     """A figure that moves in the page: a still, numbers, and a script that draws them.
@@ -117,8 +123,7 @@ def temperature_figure(
     for what, values in {"names": names, "human": human}.items():
         if values is not None and len(values) != len(logits):
             raise ValueError(f"{len(logits)} logits, but {len(values)} {what}")
-    shares = np.exp(np.array(logits) / temperature)
-    shares = shares / shares.sum()
+    shares = _shares(np.array(logits) / temperature)
     with style():
         still, ax = plt.subplots(figsize=(6, 2.6))
         ax.bar(names, shares, color="#D55E00", width=0.5)
@@ -320,9 +325,7 @@ def attention_figure(
     widths = {len(names), len(student), *map(len, layers)}
     if len(widths) > 1:
         raise ValueError(f"logits and names of one length, got {sorted(widths)}")
-    scores = np.asarray(layers, float) @ np.asarray(student, float)
-    shares = np.exp(scores - scores.max())
-    shares = shares / shares.sum()
+    shares = _shares(np.asarray(layers, float) @ np.asarray(student, float))
     places = [f"layer {number + 1}" for number in range(len(layers))]
     told = ", ".join(f"{name} {share:.0%}" for name, share in zip(places, shares))
     data = {"student": list(student), "layers": layers, "names": list(names)}

@@ -99,6 +99,21 @@ def test_chapter_is_clean(path):
     assert json.dumps(nb, sort_keys=True) == before, "run nbdev_clean"
 
 
+SCRIPT = re.compile(r'<script data-kdbook="(\w+)">(.*?)</script>', re.S)
+
+
+@each_chapter
+def test_stored_figures_have_todays_scripts(path):
+    "An output carries its script, which no stamp knows."
+    for cell in cells(path):
+        for out in cell["outputs"]:
+            page = text(out.get("data", {}).get("text/html", ""))
+            for name, stored in SCRIPT.findall(page):
+                script = ROOT / "kdbook" / "scripts" / f"{name}.js"
+                hint = f"run tools/refresh.py nbs/{path.name}"
+                assert stored == script.read_text(encoding="utf-8"), hint
+
+
 @each_chapter
 def test_stored_outputs_are_presentable(path):
     """No errors, no path of the machine that made them, no addresses, and no widget

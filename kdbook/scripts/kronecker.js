@@ -73,28 +73,12 @@
         ),
       );
       const [rows, columns] = blocks || [1, 1];
-      for (let i = 0; i <= rows; i++) {
-        parts.push(
-          kd.svg("line", {
-            x1: 0,
-            x2: SIZE,
-            y1: (i * SIZE) / rows,
-            y2: (i * SIZE) / rows,
-            stroke: line,
-          }),
-        );
-      }
-      for (let j = 0; j <= columns; j++) {
-        parts.push(
-          kd.svg("line", {
-            y1: 0,
-            y2: SIZE,
-            x1: (j * SIZE) / columns,
-            x2: (j * SIZE) / columns,
-            stroke: line,
-          }),
-        );
-      }
+      const lines = (count, draw) =>
+        Array.from({ length: count + 1 }, (_, k) => draw((k * SIZE) / count)).join("");
+      const d =
+        lines(rows, (y) => `M0 ${y}H${SIZE}`) +
+        lines(columns, (x) => `M${x} 0V${SIZE}`);
+      parts.push(kd.svg("path", { d, fill: "none", stroke: line }));
       picture.replaceChildren(...parts);
     }
     function draw() {
