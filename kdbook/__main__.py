@@ -50,6 +50,12 @@ def _race_arguments(race: "argparse.ArgumentParser") -> None:
     race.add_argument(
         "--hours", type=float, default=math.inf, help="begin no run after so many"
     )
+    race.add_argument(
+        "--device",
+        choices=("cpu", "cuda"),
+        default="cpu",
+        help="that students are trained on (default cpu); a seed keeps its kind",
+    )
 
 # %% ../nbs/command_line.ipynb #a21322ea
 OWN = {
@@ -318,7 +324,8 @@ def _workshop(args: "argparse.Namespace") -> None:
         for course in courses:
             one_of(tuple(COURSES), course=course)
         methods = tuple(args.method or ENTRIES)
-        print(f"{race.run_race(courses, methods, args.jobs, args.hours)} runs done")
+        done = race.run_race(courses, methods, args.jobs, args.hours, args.device)
+        print(f"{done} runs done")
     elif args.command == "teacher" and args.name:
         precision = "bf16" if args.bf16 else "no"
         done, trail, _ = finetuned.finetune(args.name, precision)

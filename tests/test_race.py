@@ -4,6 +4,7 @@ import json
 
 import numpy as np
 import pytest
+import race_pack
 import torch
 from safetensors.torch import load_file
 
@@ -22,6 +23,7 @@ from kdbook.records.race import (
     rated,
 )
 from kdbook.records.standings import (
+    begun_on,
     chosen,
     difference,
     knobs_text,
@@ -142,13 +144,31 @@ def test_a_family_shares_its_rates_and_a_twin_its_knobs(empty):
 
 def test_what_is_due_is_searched_first_and_then_goes_seed_by_seed(empty):
     methods = ("tfidf", "alone")
-    first = race.due("movies-400", methods)
-    assert {run[-1] for run in first} == {*SEARCH}
+    kinds = [run[-1] in SEARCH for run in race.due("movies-400", methods)]
+    assert any(kinds) and kinds == sorted(kinds, reverse=True)  # a floor needs none
     search("movies-400", "alone", lambda lr, _: -abs(np.log(lr / 1e-4)))
     seeds = [run[-1] for run in race.due("movies-400", methods)]
     assert seeds == sorted([*range(8)] * 2)
     pretend("movies-400", "tfidf", None, "{}", 0)
     assert report_due("movies-400", "tfidf", 0) == []
+
+
+def test_the_students_of_a_seed_are_trained_on_one_kind_of_device(empty):
+    methods = ("tfidf", "alone", "logit_mse")
+    for method in methods[1:]:
+        search("movies-400", method, lambda lr, _: -abs(np.log(lr / 1e-4)))
+    for seed, device in enumerate(({}, {"device": "a GPU"})):
+        line = dict(recipe={}, **device)
+        pretend("movies-400", "alone", 1e-4, "{}", seed, **line)
+        pretend("movies-400", "tfidf", None, "{}", seed)
+    assert begun_on("movies-400", 0) == "cpu" and begun_on("movies-400", 2) == ""
+    for device, others in (("cpu", 1), ("a GPU", 0)):
+        seeds = {run[-1] for run in race.due("movies-400", methods, device)}
+        assert seeds == {*range(8)} - {others}
+    with pytest.raises(ValueError, match="torch sees no GPU"):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(torch.cuda, "is_available", lambda: False)
+            race.device_name("cuda")
 
 
 def test_what_waits_for_a_teacher_is_left_out(empty):
@@ -192,6 +212,39 @@ def test_too_few_sound_students_make_no_comparison(empty, monkeypatch):
         pretend("movies-400", "alone", 1e-4, "{}", seed, splits={"test": one})
     table = race_table("movies-400", "tfidf")
     assert table.loc["student alone", "test, %"] == "all collapsed"
+
+
+# taken to another machine
+
+
+def test_a_packed_weight_is_itself_in_half_precision():
+    array = np.random.default_rng(0).normal(size=(7, 5)).astype(np.float32)
+    back = race_pack.whole(race_pack.halves(array), [7, 5])
+    assert np.array_equal(back, array.astype(np.float16).astype(np.float32))
+    names = [f"encoder.layer.{n}.output.dense.weight" for n in range(6)]
+    assert [race_pack.needed(name) for name in names] == [True] * 3 + [False] * 3
+    assert race_pack.needed("embeddings.word_embeddings.weight")
+
+
+def test_lines_from_there_come_once_and_none_of_a_trial(empty, tmp_path, monkeypatch):
+    away, run = tmp_path / "away", ("logit_mse", 1e-4, "{}")
+    away.mkdir()
+    monkeypatch.setenv("KDBOOK_RESULTS", str(away))
+    for seed in (0, 1):
+        pretend("movies-400", *run, seed, recipe={}, device="a GPU")
+    monkeypatch.setenv("KDBOOK_RESULTS", str(empty))
+    pretend("movies-400", *run, 0, recipe={}, device="a GPU")
+    assert race_pack.merge(away / "race") == 1
+    assert race_pack.merge(away / "race") == 0
+    assert {line["seed"] for _, line in read_lines(race_file("movies-400"))[1:]} == {
+        0,
+        1,
+    }
+    monkeypatch.setenv("KDBOOK_RESULTS", str(away))
+    pretend("movies-400", *run, 2, recipe={}, device="cpu")
+    monkeypatch.setenv("KDBOOK_RESULTS", str(empty))
+    with pytest.raises(ValueError, match="students of a CPU"):
+        race_pack.merge(away / "race")
 
 
 # the committed records

@@ -16,11 +16,12 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
 import yaml
-from folds import fold
+from folds import SPOILER, fold, solves
 from owner import PLACEHOLDER, owner
 from pages import finish
 
@@ -90,6 +91,24 @@ def folded(
     return nb
 
 
+def solutions(
+    nb: dict[str, Any],  # a chapter's copy
+) -> dict[str, Any]:
+    "The copy with each solution, text and code, in one block that opens."
+    html = lambda source: {"cell_type": "markdown", "metadata": {}, "source": source}
+    cells = []
+    for solution, group in groupby(nb["cells"], solves):
+        group = list(group)
+        if solution:
+            for cell in group:
+                cell["source"] = SPOILER.sub(r"\1", "".join(cell["source"]))
+            opening = '<details class="solution">\n<summary>Solution</summary>\n'
+            group = [html(opening), *group, html("</details>")]
+        cells += group
+    nb["cells"] = cells
+    return nb
+
+
 def lenient(signature: Callable[..., Any]) -> Callable[..., Any]:
     """`signature`, but an annotation in quotes may name what is not imported.
 
@@ -122,7 +141,7 @@ def prepare(nbs: Path, work: Path) -> None:
         with contextlib.chdir(nbs):
             filled = nbdev_filter.__wrapped__(fname=nbs / path.name, printit=False)
         words = folds(json.loads(path.read_text(encoding="utf-8")))
-        nb = folded(without_title(json.loads(filled)), words)
+        nb = solutions(folded(without_title(json.loads(filled)), words))
         path.write_text(json.dumps(nb), encoding="utf-8")
 
 

@@ -1,7 +1,8 @@
 """Which cells a reader meets folded: python tools/folds.py writes it into the chapters.
 
 Imports, cells that only check, and the code of pictures say nothing that the text
-around them does not. On the site they fold under a word (build_site.py); JupyterLab
+around them does not; a solution would say too much (its cells have the tag "solution").
+On the site they fold under a word (build_site.py); JupyterLab
 and Colab show them collapsed, by the metadata that this script writes.
 """
 
@@ -19,6 +20,16 @@ ECHO = re.compile(r"^#\|\s*echo:\s*false", re.M)
 CHECKS = re.compile(r"^(test_\w+|expect_fail|assert_close|assert_equal|check_\w+)$")
 DRAWS = re.compile(r"\b(plt|ax|axes|fig|left|right)\.\w+|\bstyle\(\)")
 HIDDEN = {"jupyter": {"source_hidden": True}, "cellView": "form"}
+UNSEEN = {
+    "jupyter": {"source_hidden": True, "outputs_hidden": True},
+    "cellView": "form",
+}
+SPOILER = re.compile(r"\A<details><summary>.*?</summary>\n\n(.*)\n\n</details>\Z", re.S)
+
+
+def solves(cell: dict[str, Any]) -> bool:
+    "Whether a cell belongs to the solution of an exercise."
+    return "solution" in cell["metadata"].get("tags", [])
 
 
 def name_of(call: ast.AST) -> str:
@@ -50,7 +61,7 @@ def fold(
 ) -> str | None:  # the word to fold it under; None: it stays open
     "Whether a cell's code is folded, and under which word."
     source = "".join(cell["source"])
-    if cell["cell_type"] != "code" or DIRECTIVE.search(source):
+    if cell["cell_type"] != "code" or solves(cell) or DIRECTIVE.search(source):
         return None
     try:
         tree = ast.parse(source)
@@ -78,7 +89,9 @@ def hide(nb: dict[str, Any]) -> dict[str, Any]:
             continue
         for key in HIDDEN:
             cell["metadata"].pop(key, None)
-        if fold(cell) or ECHO.search("".join(cell["source"])):
+        if solves(cell):
+            cell["metadata"].update(UNSEEN)
+        elif fold(cell) or ECHO.search("".join(cell["source"])):
             cell["metadata"].update(HIDDEN)
     return nb
 

@@ -41,14 +41,6 @@ PRIVATE = re.compile(r'<a\b[^>]*href="[^"]*#_\w+"[^>]*>(.*?)</a>', re.S)
 NOBODY = re.compile(
     rf'<a\b[^>]*href="https://[^"]*/{PLACEHOLDER}[/"][^>]*>.*?</a>', re.S
 )
-# what scrolls sideways can be reached and scrolled by keys
-REACHABLE = """addEventListener("load", function () {
-  const wide = "pre, .cell-output, .math.display, .table-responsive, .sd-table";
-  document.querySelectorAll(wide).forEach(function (element) {
-    if (element.scrollWidth > element.clientWidth) element.tabIndex = 0;
-  });
-});
-"""
 SKIP = '<a class="kd-skip" href="#quarto-content">Skip to the text</a>'
 
 
@@ -185,7 +177,8 @@ def finish(
     "Make the pages complete, small and independent of other hosts."
     problems: list[str] = []
     files = Files(out / "files")
-    keys = f'<script defer src="{files.put(REACHABLE.encode(), ".js")}"></script>'
+    script = (Path(__file__).parent / "site.js").read_bytes()
+    ours = f'<script defer src="{files.put(script, ".js")}"></script>'
     for path in sorted(out.rglob("*.html")):
         text = REMOTE.sub("", path.read_text(encoding="utf-8"))
         text = NOBODY.sub("", text)
@@ -194,7 +187,7 @@ def finish(
         text = MATH.sub(lambda m: mathml(m, path.name, problems), text)
         text = files.share(PICTURE.sub(files.picture, text))
         text = EXPLORE.sub(files.explore, text)
-        text = text.replace("</head>", keys + "</head>")
+        text = text.replace("</head>", ours + "</head>")
         text = re.sub(r"(<body\b[^>]*>)", rf"\1{SKIP}", text, count=1)
         problems += [
             f"{path.name}: a picture without alt" for _ in NO_ALT.findall(text)

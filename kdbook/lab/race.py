@@ -4,17 +4,18 @@
 
 # %% auto #0
 __all__ = ['RECIPES', 'PREPARE', 'ASSISTANTS', 'annotated', 'rows_of', 'student_of', 'with_meta_set', 'floor_logits',
-           'run_settings', 'train_one', 'run_one', 'due', 'missing_teachers', 'run_race']
+           'run_settings', 'train_one', 'device_name', 'run_one', 'due', 'missing_teachers', 'run_race']
 
 # %% ../../nbs/lab_race.ipynb #61eebbd3
 import json
 import math
+import os
 import time
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from dataclasses import asdict
 from functools import lru_cache
 from multiprocessing import get_context
-from typing import Any, Callable
+from typing import Any, Callable, Literal
 
 import numpy as np
 import torch
@@ -28,7 +29,7 @@ from kdbook import (
     swa,
     universal_kd,
 )
-from ..checks import in_range
+from ..checks import in_range, one_of
 from ..data import load_task, seeded_order
 from ..distillation import annotate
 from ..evaluation import accuracy, agreement, ece, nll
@@ -349,17 +350,33 @@ def _test_scores(
     }
 
 # %% ../../nbs/lab_race.ipynb #1e546f5e
+def device_name(
+    device: Literal["cpu", "cuda"],  # a kind
+) -> str:  # for a line
+    "What a line says of the device. Raises `ValueError` where there is no GPU."
+    one_of(("cpu", "cuda"), device=device)
+    if device == "cpu":
+        return device
+    if not torch.cuda.is_available():
+        raise ValueError("device='cuda', but torch sees no GPU: take device='cpu'")
+    return torch.cuda.get_device_name()
+
+
 def run_one(
     course_name: str,  # a key of COURSES
     method: str,  # a key of ENTRIES
     lr: float | None,  # as in `run_settings`
     knobs: str,  # of the method, as sorted JSON
     seed: int,  # one of SEARCH: scored on validation rows only
+    device: Literal["cpu", "cuda"] = "cpu",  # that the student is trained on
 ) -> dict[str, Any]:  # a line, not yet stored
     "Train and score one student, or one floor."
     torch.set_num_threads(1)  # the same bits however many runs share the machine
+    # a GPU is not taken unasked
+    os.environ["ACCELERATE_USE_CPU"] = str(device == "cpu")
     course, started = COURSES[course_name], time.perf_counter()
     record = run_settings(course_name, method, lr, json.loads(knobs), seed)
+    record["device"] = "cpu" if method in FLOORS else device_name(device)
     said = None
     if method in FLOORS:
         said = floor_logits(method, course, seed)
@@ -380,6 +397,7 @@ def run_one(
 def due(
     course: str,  # a key of COURSES
     methods: tuple[str, ...],  # keys of ENTRIES
+    device: str = "cpu",  # as `device_name` says it
 ) -> list[tuple]:  # (method, rate, knobs, seed), the most urgent first
     "What is to be run now."
     if not _written(COURSES[course].teacher):
@@ -387,11 +405,9 @@ def due(
     allowed = COURSES[course].methods or tuple(ENTRIES)
     methods = tuple(m for m in methods if m in allowed and _written(ASSISTANTS.get(m)))
     searches = [run for m in methods for run in search_due(course, m)]
-    if searches:
-        return searches
-    seeds = range(COURSES[course].seeds)
-    each = ((m, seed) for seed in seeds for m in methods)
-    return [run for m, seed in each for run in report_due(course, m, seed)]
+    each = ((m, seed) for seed in range(COURSES[course].seeds) for m in methods)
+    reports = [run for m, seed in each for run in report_due(course, m, seed, device)]
+    return searches + reports
 
 
 def _written(teacher: str | None) -> bool:
@@ -419,11 +435,13 @@ def run_race(
     methods: tuple[str, ...] = tuple(ENTRIES),  # keys of ENTRIES
     jobs: int = 1,  # runs at once, one thread each
     hours: float = math.inf,  # after which no run is begun
+    device: Literal["cpu", "cuda"] = "cpu",  # that students are trained on
 ) -> int:  # runs done
     "Run what is missing. Interrupt and call again at will."
     from tqdm.auto import tqdm
 
     in_range("1..", jobs=jobs)
+    kind = device_name(device)
     for name in missing_teachers(courses, methods):
         print(f"left out until there is its record: python -m kdbook teacher {name}")
     one = get_context("spawn")
@@ -434,13 +452,13 @@ def run_race(
                 waiting = (
                     (course, *run)
                     for course in courses
-                    for run in due(course, methods)
+                    for run in due(course, methods, kind)
                     if (course, *run) not in running.values()
                 )
                 while len(running) < jobs and time.monotonic() < deadline:
                     if (call := next(waiting, None)) is None:
                         break
-                    running[pool.submit(run_one, *call)] = call
+                    running[pool.submit(run_one, *call, device)] = call
                 if not running:
                     return done
                 bar.set_postfix_str(

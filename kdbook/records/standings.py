@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['Key', 'COLLAPSED', 'race_file', 'knobs_text', 'runs_of', 'search_score', 'rates_of', 'chosen', 'search_due',
-           'report_due', 'Rung', 'reported', 'difference', 'rungs', 'race_table', 'could_have_seen', 'grid_gains',
-           'grid_plot']
+           'begun_on', 'report_due', 'Rung', 'reported', 'difference', 'rungs', 'race_table', 'could_have_seen',
+           'grid_gains', 'grid_plot']
 
 # %% ../../nbs/records_standings.ipynb #89aeeb07
 import json
@@ -136,14 +136,27 @@ def search_due(
     return [run for run in due if run[1:] not in have]
 
 
+def begun_on(
+    course: str,  # a key of COURSES
+    seed: int,  # a reported one
+) -> str:  # "cpu", or a GPU's name; "": no student of this seed has been trained
+    "The kind of device that a seed's students were trained on."
+    lines = (r for _, r in read_lines(race_file(course))[1:])
+    trained = (r for r in lines if r["seed"] == seed and "recipe" in r)
+    return next((r.get("device", "cpu") for r in trained), "")
+
+
 def report_due(
     course: str,  # a key of COURSES
     method: str,  # a key of ENTRIES
     seed: int,  # a reported one
+    device: str = "cpu",  # as `begun_on` says it
 ) -> list[tuple]:  # (method, rate, knobs, seed), at most one
-    "The run that is missing, once the method's search is finished."
+    """The run that is missing, once the method's search is finished.
+
+    All students of a seed are trained on one kind of device."""
     choice = chosen(course, method)
-    if choice is None:
+    if choice is None or begun_on(course, seed) not in ("", device):
         return []
     key = (choice[0], knobs_text(choice[1]), seed)
     return [] if key in runs_of(course, method) else [(method, *key)]
