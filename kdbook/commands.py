@@ -21,6 +21,7 @@ from torch import nn
 
 from . import annealing_kd, continuation_kd, swa
 from .checks import in_range, one_of
+from .data import seeded_order, shared_rows
 from .deliver import save_student
 from .distillation import annotate
 from .evaluation import METRICS, metric_of
@@ -254,8 +255,6 @@ def _check_labels(source: str, table: Table) -> None:
 
 def _tenth(source: str, rows: Any) -> tuple[Any, Any]:
     "The rows without a tenth of the labelled ones, and that tenth."
-    from kdbook.data import seeded_order
-
     known = [i for i, x in enumerate(rows["label"][:]) if has_label(x)]
     if len(known) < 2:
         raise ValueError(
@@ -294,6 +293,13 @@ def tables_of(
         labels = rows["label"][:] if "label" in rows.column_names else []
         if not any(map(has_label, labels)):
             raise ValueError(f"the table {name!r} has no labelled rows")
+        if copies := len(shared_rows(rows, train)):
+            warnings.warn(
+                f"{copies} of the {len(rows)} rows of {name!r} that scores are made on "
+                "are also among the training rows (by letters and digits): these "
+                "scores flatter",
+                stacklevel=2,
+            )
     return found
 
 # %% ../nbs/commands.ipynb #b869ee35

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['RATED', 'SPLITS', 'SYMBOLS', 'GLUE', 'human_probs', 'disagreement', 'read_rated', 'clean_rated', 'seeded_order',
-           'stratified_order', 'cut', 'load_task', 'one_rater', 'rater_accuracy', 'hide_labels']
+           'stratified_order', 'cut', 'load_task', 'shared_rows', 'one_rater', 'rater_accuracy', 'hide_labels']
 
 # %% ../nbs/data.ipynb #768c8bac
 import json
@@ -449,6 +449,24 @@ def load_task(
     if root and (text or label):
         return _load_named(root / name, text, label)
     return _load_folder(name, root) if root else _load_hub(name)
+
+# %% ../nbs/data.ipynb #7a734b5e
+def _letters(
+    rows: "datasets.Dataset",  # with `text`, and `text_pair` where texts are pairs
+) -> list[tuple[str, ...]]:
+    "Letters and digits of every row's texts, in lower case; a text without any, as is."
+    columns = [rows[name][:] for name in ("text", "text_pair") if name in rows.features]
+    bare = lambda text: "".join(filter(str.isalnum, text.lower())) or text
+    return [tuple(map(bare, texts)) for texts in zip(*columns)]
+
+
+def shared_rows(
+    rows: "datasets.Dataset",  # with `text`, and `text_pair` where texts are pairs
+    others: "datasets.Dataset",  # likewise
+) -> list[int]:  # places in `rows`, rising
+    "The rows whose texts are in `others` as well, by letters and digits alone."
+    known = set(_letters(others))
+    return [place for place, text in enumerate(_letters(rows)) if text in known]
 
 # %% ../nbs/data.ipynb #2e649817
 def _with_labels(

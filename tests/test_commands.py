@@ -247,6 +247,24 @@ def test_one_label_is_nothing_to_learn(teacher, tmp_path):
         tables_of(replace(job, text=("review",)))
 
 
+def test_rows_that_are_trained_on_and_scored_are_counted(tables, teacher, tmp_path):
+    "Also where the copies differ in case and blanks."
+    train = pd.read_csv(tables / "train.csv")
+    test = train.head(3).assign(review=lambda t: t["review"].str.upper() + " .")
+    test.to_csv(tmp_path / "seen.csv", index=False)
+    job = Job(
+        train=f"{tables}/train.csv",
+        validation=f"{tables}/validation.csv",
+        test=(str(tmp_path / "seen.csv"),),
+        out="o",
+        teacher=teacher,
+        text=("review",),
+        label="verdict",
+    )
+    with pytest.warns(UserWarning, match="3 of the 3 rows of '.*seen.csv'"):
+        tables_of(job)
+
+
 def test_annotated_tables_and_teachers_without_a_head(
     tables, teacher, tmp_path, capsys
 ):

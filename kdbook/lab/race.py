@@ -30,7 +30,7 @@ from kdbook import (
     universal_kd,
 )
 from ..checks import in_range, one_of
-from ..data import load_task, seeded_order
+from ..data import load_task, seeded_order, shared_rows
 from ..distillation import annotate
 from ..evaluation import accuracy, agreement, ece, nll
 from ..files import results_dir
@@ -59,8 +59,14 @@ def annotated(
     task_name: str,  # a name for `load_task`
     teacher: str,  # a record in results/teacher
 ) -> tuple["datasets.DatasetDict", "datasets.Dataset", "datasets.Dataset"]:
-    "A task, and its training and test rows with what the teacher says."
+    """A task, and its training and test rows with what the teacher says.
+
+    Training rows whose text is also held out are left out."""
     task = load_task(task_name)
+    held_out = [shared_rows(task["train"], task[s]) for s in ("validation", "test")]
+    if leaks := {*held_out[0], *held_out[1]}:
+        kept = [i for i in range(len(task["train"])) if i not in leaks]
+        task["train"] = task["train"].select(kept)
     train, test = (annotate(task[split], teacher) for split in ("train", "test"))
     return task, train, test
 
