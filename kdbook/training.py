@@ -25,7 +25,7 @@ from kdbook.checks import (
 )
 from .files import mix_seed, need
 from .identity import digest, fingerprint, identity
-from .losses import label_loss, several_at_once  # noqa: F401  a name that was here first
+from .losses import label_loss, several_at_once  # noqa: F401  was here
 from kdbook.preflight import (
     as_answers,
     check_columns,

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 import refresh
-from folds import HIDDEN, hide
+from folds import KEPT, hide
 from fresh import IMPORTS, imported
 from house import TECHNIQUES
 
@@ -95,7 +95,7 @@ def test_chapter_is_clean(path):
 
     nb = json.loads(path.read_text(encoding="utf-8"))
     before = json.dumps(nb, sort_keys=True)
-    clean_nb(nb, allowed_cell_metadata_keys=[*HIDDEN])
+    clean_nb(nb, allowed_cell_metadata_keys=KEPT)
     assert json.dumps(nb, sort_keys=True) == before, "run nbdev_clean"
 
 

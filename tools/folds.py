@@ -24,6 +24,7 @@ UNSEEN = {
     "jupyter": {"source_hidden": True, "outputs_hidden": True},
     "cellView": "form",
 }
+KEPT = [*HIDDEN, "tags"]  # metadata of a cell that nbdev_clean leaves
 SPOILER = re.compile(r"\A<details><summary>.*?</summary>\n\n(.*)\n\n</details>\Z", re.S)
 
 

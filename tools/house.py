@@ -39,7 +39,7 @@ from refresh import ROOT, Book, chapters, example_cells, sources, uses
 WIDTH = 88
 
 
-NO_TECHNIQUE = {"distillation", "hf", "landscape", "glossary", "solutions"}
+NO_TECHNIQUE = {"distillation", "hf", "landscape", "glossary"}
 
 
 def techniques() -> tuple[str, ...]:

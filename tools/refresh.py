@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import Any
 
 import nbformat
-from folds import HIDDEN, hide
+from folds import KEPT, hide
 from fresh import Canonical, Module, Package, Ref, bound, sha
 from nbformat import NotebookNode
 from tqdm import tqdm
@@ -309,7 +309,7 @@ def save(nb: NotebookNode, path: Path) -> bool:
     "Write a notebook as nbdev_clean leaves it, if that is not what is there."
     from nbdev.clean import clean_nb
 
-    clean_nb(nb, allowed_cell_metadata_keys=[*HIDDEN])
+    clean_nb(nb, allowed_cell_metadata_keys=KEPT)
     text = nbformat.writes(nbformat.from_dict(nb))
     if json.loads(text) == json.loads(path.read_text(encoding="utf-8")):
         return False
