@@ -5,6 +5,9 @@ sets KDBOOK_BROWSER, where they fail."""
 
 import os
 import shutil
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+from threading import Thread
 
 import numpy as np
 import pytest
@@ -109,6 +112,55 @@ def test_nothing_serious_for_axe(site, browser, scheme):
         ]
         assert not serious, (name, scheme, serious)
         page.close()
+
+
+@pytest.fixture(scope="module")
+def served(site):
+    "The site's address on a server: a search reads its index from one."
+    handler = partial(SimpleHTTPRequestHandler, directory=site)
+    handler.log_message = lambda *_: None
+    server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
+    Thread(target=server.serve_forever, daemon=True).start()
+    yield f"http://127.0.0.1:{server.server_port}/nbs"
+    server.shutdown()
+
+
+@pytest.mark.parametrize(
+    "words, first",
+    [
+        ("loss landscape", "Loss landscapes"),
+        ("annealing", "Annealing-KD"),
+        ("select_worst", "Glitter"),
+        ("csv", None),
+    ],
+)
+def test_a_search_finds_the_page_of_that_name_first(served, browser, words, first):
+    page, wrong = opened(browser, f"{served}/index.html")
+    page.fill(".smalldocs-search input >> visible=true", words)
+    page.wait_for_selector(".search-result", timeout=30_000)
+    titles = page.locator(".search-result-title").all_inner_texts()
+    assert not wrong and (first is None or titles[0] == first), titles
+    page.close()
+
+
+def test_a_step_of_the_path_stays_ticked(served, browser):
+    page, _ = opened(browser, f"{served}/index.html")
+    steps = page.locator(".kd-path li input")
+    assert steps.count() == page.locator(".kd-path li").count() > 3
+    steps.nth(1).check()
+    page.reload()
+    ticked = [steps.nth(i).is_checked() for i in range(steps.count())]
+    assert [i for i, tick in enumerate(ticked) if tick] == [1]
+    page.close()
+
+
+def test_a_solution_stands_folded_beneath_its_exercise(site, browser):
+    page, _ = opened(browser, (site / "nbs" / "annealing_kd.html").as_uri())
+    blocks = page.locator("details.solution")
+    assert blocks.count() == 5 and not blocks.locator("pre >> visible=true").count()
+    blocks.nth(2).locator("summary").click()
+    assert "def smooth_phi" in blocks.nth(2).inner_text()
+    page.close()
 
 
 def test_the_first_screen_of_a_technique_has_a_figure_and_no_import(site, browser):

@@ -6,6 +6,7 @@ pages.py makes the pages independent of other hosts. Exit code 1 means warnings.
 --quarto the same copy is rendered by an installed Quarto instead.
 """
 
+import ast
 import contextlib
 import inspect
 import json
@@ -21,13 +22,14 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from folds import SPOILER, fold, solves
+from folds import DIRECTIVE, SPOILER, fold, solves
 from owner import PLACEHOLDER, owner
 from pages import finish
 
 ROOT = Path(__file__).resolve().parent.parent
 # smalldocs says of each of these Quarto settings that it does not use it
 EXPECTED = ("execute.enabled", "ipynb-filters", "html-math-method")
+IMPORTS = (ast.Import, ast.ImportFrom)
 TO_INDEX = """<!doctype html>
 <html lang="en">
 <meta charset="utf-8">
@@ -109,6 +111,24 @@ def solutions(
     return nb
 
 
+def for_filter(
+    nb: dict[str, Any],  # a chapter
+) -> dict[str, Any]:
+    """The chapter, in which programs are not run.
+
+    The filter runs whatever imports something; signatures need no more than the cells
+    that do nothing else, and those that are exported."""
+    for cell in nb["cells"]:
+        source = "".join(cell["source"])
+        if cell["cell_type"] != "code" or DIRECTIVE.search(source):
+            continue
+        with contextlib.suppress(SyntaxError):  # a magic
+            kinds = {isinstance(n, IMPORTS) for n in ast.parse(source).body}
+            if kinds == {True, False}:
+                cell["source"] = "#| eval: false\n" + source
+    return nb
+
+
 def lenient(signature: Callable[..., Any]) -> Callable[..., Any]:
     """`signature`, but an annotation in quotes may name what is not imported.
 
@@ -138,9 +158,11 @@ def prepare(nbs: Path, work: Path) -> None:
     # the filter runs the chapters' import and export cells
     sys.path.insert(0, str(ROOT))
     for path in sorted((work / "nbs").glob("*.ipynb")):
+        chapter = json.loads(path.read_text(encoding="utf-8"))
+        words = folds(chapter)
+        path.write_text(json.dumps(for_filter(chapter)), encoding="utf-8")
         with contextlib.chdir(nbs):
-            filled = nbdev_filter.__wrapped__(fname=nbs / path.name, printit=False)
-        words = folds(json.loads(path.read_text(encoding="utf-8")))
+            filled = nbdev_filter.__wrapped__(fname=path, printit=False)
         nb = solutions(folded(without_title(json.loads(filled)), words))
         path.write_text(json.dumps(nb), encoding="utf-8")
 

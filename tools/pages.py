@@ -41,6 +41,13 @@ PRIVATE = re.compile(r'<a\b[^>]*href="[^"]*#_\w+"[^>]*>(.*?)</a>', re.S)
 NOBODY = re.compile(
     rf'<a\b[^>]*href="https://[^"]*/{PLACEHOLDER}[/"][^>]*>.*?</a>', re.S
 )
+# a large disc and a small one
+ICON = (
+    '<link rel="icon" href="data:image/svg+xml,'
+    "%3Csvg xmlns='http://www.w3.org/2000/svg' viewBox='0 0 32 32'%3E"
+    "%3Ccircle cx='12' cy='12' r='11' fill='%230072b2'/%3E"
+    "%3Ccircle cx='26' cy='26' r='5' fill='%23d55e00'/%3E%3C/svg%3E\">"
+)
 SKIP = '<a class="kd-skip" href="#quarto-content">Skip to the text</a>'
 
 
@@ -187,7 +194,7 @@ def finish(
         text = MATH.sub(lambda m: mathml(m, path.name, problems), text)
         text = files.share(PICTURE.sub(files.picture, text))
         text = EXPLORE.sub(files.explore, text)
-        text = text.replace("</head>", ours + "</head>")
+        text = text.replace("</head>", ICON + ours + "</head>")
         text = re.sub(r"(<body\b[^>]*>)", rf"\1{SKIP}", text, count=1)
         problems += [
             f"{path.name}: a picture without alt" for _ in NO_ALT.findall(text)

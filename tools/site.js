@@ -43,7 +43,7 @@ addEventListener("DOMContentLoaded", function () {
     // storage is switched off: the ticks last as long as the page
   }
   document.querySelectorAll(".kd-path li").forEach(function (step) {
-    const name = step.querySelector("a, strong").textContent;
+    const name = step.textContent.trim();
     const box = document.createElement("input");
     box.type = "checkbox";
     box.checked = Boolean(done[name]);
