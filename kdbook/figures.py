@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['Moving', 'temperature_figure', 'schedules_figure', 'landscape_figure', 'annealing_landscape', 'pass_figure',
-           'attention_figure', 'gradients_figure', 'noise_figure', 'kronecker_figure', 'average_figure', 'pool_figure',
-           'gap_figure']
+           'walks_figure', 'attention_figure', 'gradients_figure', 'noise_figure', 'kronecker_figure', 'average_figure',
+           'pool_figure', 'gap_figure']
 
 # %% ../nbs/figures.ipynb #2a1c68e1
 import base64
@@ -62,8 +62,9 @@ class Moving:
     and for a figure that nobody describes."""
 
     KINDS = ("temperature", "schedules", "landscape", "attention", "gradients")
-    KINDS += ("noise", "kronecker", "average", "pool", "gap", "pass")
-    BEFORE = {"pass": ("landscape",)}  # scripts of other kinds that a kind uses
+    KINDS += ("noise", "kronecker", "average", "pool", "gap", "pass", "walks")
+    # scripts of other kinds that a kind uses
+    BEFORE = {"pass": ("landscape",), "walks": ("landscape",)}
 
     def __init__(
         self,
@@ -296,6 +297,63 @@ def pass_figure(
     data = {"xs": xs, "ys": ys, "heights": heights, "points": points}
     data |= {"names": list(names), "ends": list(ends)}
     return Moving("pass", data, still, words, caption)
+
+# %% ../nbs/figures.ipynb #8123cba6
+def _panels(names: Any, xs: Any, ys: Any, nows: list, paths: list) -> Figure:
+    "A still picture: the surface of each student, and its path."
+    with style():
+        still, axes = plt.subplots(
+            1, len(names), figsize=(2.2 * len(names), 2.6), sharey=True, squeeze=False
+        )
+        for ax, name, now, path in zip(axes[0], names, nows, paths):
+            ax.contourf(xs, ys, now, 14, cmap="viridis_r")
+            ax.plot(*path.T, ".-", color="white", ms=3)
+            ax.plot(*path[-1], "o", color="#D55E00", mec="white")
+            ax.set_title(name, fontsize=9)
+            ax.grid(False)
+    return still
+
+# %% ../nbs/figures.ipynb #20db8572
+def walks_figure(
+    names: Sequence[str],  # of the students
+    xs: Sequence[float],  # coordinates along the first direction, rising
+    ys: Sequence[float],  # along the second
+    surfaces: Sequence[Any],  # each (1, ys, xs), or one for each epoch: objectives
+    paths: Sequence[Any],  # each (epochs + 1, 2), the start first
+    says: Sequence[Sequence[str]],  # for each student and epoch, what the objective is
+    epoch: int = 1,  # at the start
+    turn: float = 0.7,  # radians about the vertical, at the start
+    caption: str = "",  # what the reader should see
+) -> Moving:
+    """Surfaces of several students side by side, with one camera and one clock.
+
+    Raises `ValueError` for grids of other shapes, and for a student who lacks a
+    surface, a place or words for an epoch."""
+    epochs = len(says[0])
+    in_range(f"1..{epochs}", epoch=epoch)
+    surfaces = [np.asarray(each, float) for each in surfaces]
+    paths = [np.asarray(each, float) for each in paths]
+    if not len(names) == len(surfaces) == len(paths) == len(says):
+        raise ValueError(
+            f"{len(names)} names, {len(surfaces)} surfaces, {len(paths)} paths and "
+            f"{len(says)} lists of words: give one of each for every student"
+        )
+    for name, surface, path, words in zip(names, surfaces, paths, says):
+        if len(surface) not in (1, epochs) or len(words) != epochs:
+            raise ValueError(
+                f"{name}: {len(surface)} surfaces and {len(words)} words for {epochs} "
+                "epochs"
+            )
+        _check_grid(xs, ys, surface[0], surface[-1])
+        if path.shape != (epochs + 1, 2):
+            raise ValueError(f"{name}: a path of {path.shape}, not {(epochs + 1, 2)}")
+    nows = [surface[min(epoch, len(surface)) - 1] for surface in surfaces]
+    walked = [path[: epoch + 1] for path in paths]
+    words = f"Surfaces and paths of {', '.join(names)} on one plane, at epoch {epoch}"
+    data = {"names": list(names), "xs": xs, "ys": ys, "surfaces": surfaces}
+    data |= {"paths": paths, "says": [list(each) for each in says]}
+    data |= {"epoch": epoch, "turn": turn}
+    return Moving("walks", data, _panels(names, xs, ys, nows, walked), words, caption)
 
 # %% ../nbs/figures.ipynb #84c72a0c
 def _bars(names: Sequence[str], values: Any, ylabel: str) -> Figure:

@@ -29,6 +29,7 @@ from kdbook.figures import (
     pool_figure,
     schedules_figure,
     temperature_figure,
+    walks_figure,
 )
 from kdbook.glitter import select_worst
 from kdbook.losses import soft_targets
@@ -197,6 +198,14 @@ def figures():
         "gap": gap_figure(),
         "pass": pass_figure(
             range(5), range(4), weight[:4, :5] ** 2, [[1, 1], [3, 2]], ["a", "b"]
+        ),
+        "walks": walks_figure(
+            ["a", "b"],
+            range(5),
+            range(4),
+            [[weight[:4, :5]], [weight[:4, :5], weight[:4, :5] ** 2]],
+            [[[1, 1], [3, 2], [4, 3]], [[1, 1], [2, 2], [2, 3]]],
+            [["x", "y"], ["x", "y"]],
         ),
     }
 

@@ -71,8 +71,6 @@
     }
     return out;
   }
-  kd.landscape = { mix, finer, between, contour, shade };
-
   // Viridis, from high to low: deep is yellow
   const STOPS = [
     [68, 1, 84],
@@ -96,6 +94,191 @@
     DROP = 0.55,
     LEVELS = 12;
 
+  /* ---- a canvas that shows a surface: floor, surface from far to near, path
+
+     `view` holds turn and tilt and may be shared; `scale` takes heights to 0 to 1. */
+
+  function scene(view, nx, ny, scale) {
+    const picture = kd.node("canvas", {
+      tabindex: 0,
+      role: "img",
+      class: "kd-scene",
+      "data-lm-suppress-shortcuts": "true",
+    });
+    const pen = picture.getContext("2d");
+    let width = 0,
+      height = 0,
+      size = 1,
+      z = [],
+      dark = false;
+
+    function resize(w, h) {
+      const ratio = Math.min(2, devicePixelRatio || 1);
+      [width, height] = [w, h];
+      picture.style.height = `${height}px`;
+      picture.width = Math.round(width * ratio);
+      picture.height = Math.round(height * ratio);
+      pen.setTransform(ratio, 0, 0, ratio, 0, 0);
+    }
+    // Whatever the tilt, floor and summit stay inside the picture
+    function fit() {
+      const deep = 2 * Math.SQRT2 * Math.sin(view.tilt),
+        tall = LIFT * (1 + DROP) * Math.cos(view.tilt);
+      size = Math.min(width / 2.9, (height - 16) / (deep + tall));
+    }
+    function screen(u, v, h) {
+      const x = 2 * u - 1,
+        y = 2 * v - 1;
+      const depth = x * Math.sin(view.turn) + y * Math.cos(view.turn);
+      const up = LIFT * (h - (1 - DROP) / 2) * Math.cos(view.tilt);
+      return [
+        width / 2 + size * (x * Math.cos(view.turn) - y * Math.sin(view.turn)),
+        height / 2 + size * (depth * Math.sin(view.tilt) - up),
+      ];
+    }
+    const onFloor = ([u, v]) => screen(u, v, -DROP);
+    const onTop = ([u, v]) => screen(u, v, scale(between(z, nx, ny, u, v)));
+
+    function stroke(points, color, thick, place) {
+      pen.beginPath();
+      points.forEach(function (p, k) {
+        const [x, y] = place(p);
+        k ? pen.lineTo(x, y) : pen.moveTo(x, y);
+      });
+      pen.strokeStyle = color;
+      pen.lineWidth = thick;
+      pen.stroke();
+    }
+    function dot([x, y], radius, fill, edge) {
+      pen.beginPath();
+      pen.arc(x, y, radius, 0, 7);
+      pen.fillStyle = fill;
+      pen.fill();
+      pen.strokeStyle = edge;
+      pen.lineWidth = 1.5;
+      pen.stroke();
+    }
+
+    function drawFloor(way) {
+      const corners = [
+        [0, 0],
+        [1, 0],
+        [1, 1],
+        [0, 1],
+        [0, 0],
+      ];
+      const bottom = Math.min(...z),
+        top = Math.max(...z);
+      stroke(corners, dark ? "#4a5158" : "#c9d0d7", 1, onFloor);
+      for (let k = 0; k < LEVELS; k++) {
+        const level = bottom + (top - bottom) * ((k + 0.5) / LEVELS) ** 2;
+        pen.beginPath();
+        for (const [a, b, c, d] of contour(z, nx, ny, level)) {
+          pen.moveTo(...onFloor([a, b]));
+          pen.lineTo(...onFloor([c, d]));
+        }
+        pen.strokeStyle = shade(scale(level), dark ? 1.25 : 0.9);
+        pen.lineWidth = 1.1;
+        pen.stroke();
+      }
+      stroke(way, dark ? "#9aa4ad" : "#8a939c", 1.2, onFloor);
+    }
+
+    function drawSurface() {
+      const points = [],
+        h = z.map(scale);
+      for (let j = 0; j < ny; j++) {
+        for (let i = 0; i < nx; i++) {
+          points.push(screen(i / (nx - 1), j / (ny - 1), h[j * nx + i]));
+        }
+      }
+      const along = Math.sin(view.turn) > 0,
+        across = Math.cos(view.turn) > 0;
+      for (let b = 0; b < ny - 1; b++) {
+        const j = across ? b : ny - 2 - b;
+        for (let a = 0; a < nx - 1; a++) {
+          const i = along ? a : nx - 2 - a,
+            k = j * nx + i;
+          const dx = h[k + 1] - h[k],
+            dy = h[k + nx] - h[k];
+          const light = kd.clamp(1 - 3.2 * (0.7 * dx + 0.4 * dy), 0.6, 1.3);
+          const color = shade((h[k] + h[k + 1] + h[k + nx] + h[k + nx + 1]) / 4, light);
+          pen.beginPath();
+          for (const c of [k, k + 1, k + nx + 1, k + nx]) pen.lineTo(...points[c]);
+          pen.closePath();
+          pen.fillStyle = pen.strokeStyle = color;
+          pen.lineWidth = 0.8;
+          pen.fill();
+          pen.stroke();
+        }
+      }
+    }
+
+    // The path with points between, so that it lies on the surface
+    const ribbon = (way) =>
+      way.flatMap(([u, v], k) =>
+        k === 0
+          ? [[u, v]]
+          : Array.from({ length: 16 }, (_, n) => [
+              way[k - 1][0] + ((n + 1) / 16) * (u - way[k - 1][0]),
+              way[k - 1][1] + ((n + 1) / 16) * (v - way[k - 1][1]),
+            ]),
+      );
+
+    // `heights` of the grid, `way` from the start to where the student is now
+    function paint(heights, way) {
+      z = heights;
+      dark = kd.theme(picture.parentElement || picture).dark;
+      fit();
+      pen.clearRect(0, 0, width, height);
+      drawFloor(way);
+      drawSurface();
+      stroke(ribbon(way), "#000000aa", 5, onTop);
+      stroke(ribbon(way), "#ffffff", 2.4, onTop);
+      way.forEach((p) => dot(onTop(p), 3.2, "#ffffff", "#000000aa"));
+      if (way.length) dot(onTop(way[way.length - 1]), 6, "#d55e00", "#ffffff");
+    }
+    return { picture, resize, paint, onTop, dot };
+  }
+
+  // Pointer and arrow keys turn `view`; `redraw()` shows it
+  function turnable(picture, view, redraw) {
+    const by = function (across, up) {
+      view.turn += across;
+      view.tilt = kd.clamp(view.tilt + up, 0.12, 1.45);
+      redraw();
+    };
+    let held = null;
+    picture.addEventListener("pointerdown", function (event) {
+      held = [event.clientX, event.clientY];
+      picture.setPointerCapture(event.pointerId);
+    });
+    picture.addEventListener("pointermove", function (event) {
+      if (!held) return;
+      const [x, y] = held;
+      held = [event.clientX, event.clientY];
+      by((event.clientX - x) / 140, (event.clientY - y) / 200);
+    });
+    for (const end of ["pointerup", "pointercancel"]) {
+      picture.addEventListener(end, function () {
+        held = null;
+      });
+    }
+    picture.addEventListener("keydown", function (event) {
+      const step = {
+        ArrowLeft: [-0.1, 0],
+        ArrowRight: [0.1, 0],
+        ArrowUp: [0, -0.06],
+        ArrowDown: [0, 0.06],
+      }[event.key];
+      if (!step) return;
+      event.preventDefault();
+      event.stopPropagation();
+      by(...step);
+    });
+  }
+  kd.landscape = { mix, finer, between, contour, shade, scene, turnable };
+
   kd.kinds.landscape = function (stage, data) {
     const nx = 2 * data.xs.length - 1,
       ny = 2 * data.ys.length - 1;
@@ -106,19 +289,11 @@
     const [y0, y1] = [data.ys[0], data.ys[data.ys.length - 1]];
     const unit = ([x, y]) => [(x - x0) / (x1 - x0), (y - y0) / (y1 - y0)];
     const path = data.path.map(unit);
-    let turn = data.turn,
-      tilt = 0.5,
-      z = [],
-      ball = null,
-      dark = false;
-
-    const picture = kd.node("canvas", {
-      tabindex: 0,
-      role: "img",
-      class: "kd-scene",
-      "data-lm-suppress-shortcuts": "true",
-    });
-    const scene = picture.getContext("2d");
+    const view = { turn: data.turn, tilt: 0.5 };
+    let z = [],
+      ball = null;
+    const shown = scene(view, nx, ny, scale),
+      picture = shown.picture;
     const facts = kd.node("p", { class: "kd-facts" });
     const scale01 = { min: 0, max: 1, step: 0.001 };
     const slider = kd.slider(
@@ -148,145 +323,20 @@
       facts,
     );
 
-    /* ---- from the plane to the screen */
-
-    let width = 0,
-      height = 0,
-      size = 1;
     function resize() {
-      const ratio = Math.min(2, devicePixelRatio || 1);
-      width = stage.clientWidth || 640;
-      height = Math.round(Math.min(0.68 * width, 470));
-      picture.style.height = `${height}px`;
-      picture.width = Math.round(width * ratio);
-      picture.height = Math.round(height * ratio);
-      scene.setTransform(ratio, 0, 0, ratio, 0, 0);
+      const width = stage.clientWidth || 640;
+      shown.resize(width, Math.round(Math.min(0.68 * width, 470)));
       draw();
-    }
-    // Whatever the tilt, floor and summit stay inside the picture
-    function fit() {
-      const deep = 2 * Math.SQRT2 * Math.sin(tilt),
-        tall = LIFT * (1 + DROP) * Math.cos(tilt);
-      size = Math.min(width / 2.9, (height - 16) / (deep + tall));
-    }
-    function screen(u, v, h) {
-      const x = 2 * u - 1,
-        y = 2 * v - 1;
-      const depth = x * Math.sin(turn) + y * Math.cos(turn);
-      const up = LIFT * (h - (1 - DROP) / 2) * Math.cos(tilt);
-      return [
-        width / 2 + size * (x * Math.cos(turn) - y * Math.sin(turn)),
-        height / 2 + size * (depth * Math.sin(tilt) - up),
-      ];
-    }
-    const onFloor = ([u, v]) => screen(u, v, -DROP);
-    const onTop = ([u, v]) => screen(u, v, scale(between(z, nx, ny, u, v)));
-
-    /* ---- drawing: floor, surface from far to near, path, ball */
-
-    function stroke(points, color, thick, place) {
-      scene.beginPath();
-      points.forEach(function (p, k) {
-        const [x, y] = place(p);
-        k ? scene.lineTo(x, y) : scene.moveTo(x, y);
-      });
-      scene.strokeStyle = color;
-      scene.lineWidth = thick;
-      scene.stroke();
-    }
-    function dot([x, y], radius, fill, edge) {
-      scene.beginPath();
-      scene.arc(x, y, radius, 0, 7);
-      scene.fillStyle = fill;
-      scene.fill();
-      scene.strokeStyle = edge;
-      scene.lineWidth = 1.5;
-      scene.stroke();
-    }
-
-    function drawFloor() {
-      const corners = [
-        [0, 0],
-        [1, 0],
-        [1, 1],
-        [0, 1],
-        [0, 0],
-      ];
-      const bottom = Math.min(...z),
-        top = Math.max(...z);
-      stroke(corners, dark ? "#4a5158" : "#c9d0d7", 1, onFloor);
-      for (let k = 0; k < LEVELS; k++) {
-        const level = bottom + (top - bottom) * ((k + 0.5) / LEVELS) ** 2;
-        scene.beginPath();
-        for (const [a, b, c, d] of contour(z, nx, ny, level)) {
-          scene.moveTo(...onFloor([a, b]));
-          scene.lineTo(...onFloor([c, d]));
-        }
-        scene.strokeStyle = shade(scale(level), dark ? 1.25 : 0.9);
-        scene.lineWidth = 1.1;
-        scene.stroke();
-      }
-      stroke(walked(), dark ? "#9aa4ad" : "#8a939c", 1.2, onFloor);
-    }
-
-    function drawSurface() {
-      const points = [],
-        h = z.map(scale);
-      for (let j = 0; j < ny; j++) {
-        for (let i = 0; i < nx; i++) {
-          points.push(screen(i / (nx - 1), j / (ny - 1), h[j * nx + i]));
-        }
-      }
-      const along = Math.sin(turn) > 0,
-        across = Math.cos(turn) > 0;
-      for (let b = 0; b < ny - 1; b++) {
-        const j = across ? b : ny - 2 - b;
-        for (let a = 0; a < nx - 1; a++) {
-          const i = along ? a : nx - 2 - a,
-            k = j * nx + i;
-          const dx = h[k + 1] - h[k],
-            dy = h[k + nx] - h[k];
-          const light = kd.clamp(1 - 3.2 * (0.7 * dx + 0.4 * dy), 0.6, 1.3);
-          const color = shade((h[k] + h[k + 1] + h[k + nx] + h[k + nx + 1]) / 4, light);
-          scene.beginPath();
-          for (const c of [k, k + 1, k + nx + 1, k + nx]) scene.lineTo(...points[c]);
-          scene.closePath();
-          scene.fillStyle = scene.strokeStyle = color;
-          scene.lineWidth = 0.8;
-          scene.fill();
-          scene.stroke();
-        }
-      }
     }
 
     // The path up to the last epoch whose phi is not above the slider's
     const epoch = () => data.phis.filter((p) => p <= slider.value + 1e-9).length;
     const walked = () => path.slice(0, epoch() + 1);
-    // The same with points between, so that it lies on the surface
-    const ribbon = (way) =>
-      way.flatMap(([u, v], k) =>
-        k === 0
-          ? [[u, v]]
-          : Array.from({ length: 16 }, (_, n) => [
-              way[k - 1][0] + ((n + 1) / 16) * (u - way[k - 1][0]),
-              way[k - 1][1] + ((n + 1) / 16) * (v - way[k - 1][1]),
-            ]),
-      );
-
     function draw() {
-      dark = kd.theme(stage).dark;
-      fit();
-      scene.clearRect(0, 0, width, height);
-      drawFloor();
-      drawSurface();
-      const way = walked();
-      stroke(ribbon(way), "#000000aa", 5, onTop);
-      stroke(ribbon(way), "#ffffff", 2.4, onTop);
-      way.forEach((p) => dot(onTop(p), 3.2, "#ffffff", "#000000aa"));
-      if (way.length) dot(onTop(way[way.length - 1]), 6, "#d55e00", "#ffffff");
+      shown.paint(z, walked());
       if (ball) {
-        const [x, y] = onTop([ball.u, ball.v]);
-        dot([x, y - 7], 8, "#e8eef4", "#14181c");
+        const [x, y] = shown.onTop([ball.u, ball.v]);
+        shown.dot([x, y - 7], 8, "#e8eef4", "#14181c");
       }
     }
 
@@ -345,8 +395,8 @@
         least = Infinity;
       for (let k = 0; k < nx * ny; k++) {
         const place = [(k % nx) / (nx - 1), Math.floor(k / nx) / (ny - 1)];
-        const [px, py] = onTop(place);
-        const depth = place[0] * Math.sin(turn) + place[1] * Math.cos(turn);
+        const [px, py] = shown.onTop(place);
+        const depth = place[0] * Math.sin(view.turn) + place[1] * Math.cos(view.turn);
         const away = Math.hypot(px - x, py - y) - 4 * depth;
         if (away < least) [best, least] = [place, away];
       }
@@ -358,38 +408,7 @@
       if (!roll.running) roll.start();
     });
 
-    let held = null;
-    picture.addEventListener("pointerdown", function (event) {
-      held = [event.clientX, event.clientY];
-      picture.setPointerCapture(event.pointerId);
-    });
-    picture.addEventListener("pointermove", function (event) {
-      if (!held) return;
-      turn += (event.clientX - held[0]) / 140;
-      tilt = kd.clamp(tilt + (event.clientY - held[1]) / 200, 0.12, 1.45);
-      held = [event.clientX, event.clientY];
-      draw();
-    });
-    picture.addEventListener("pointerup", function () {
-      held = null;
-    });
-    picture.addEventListener("pointercancel", function () {
-      held = null;
-    });
-    picture.addEventListener("keydown", function (event) {
-      const by = {
-        ArrowLeft: [-0.1, 0],
-        ArrowRight: [0.1, 0],
-        ArrowUp: [0, -0.06],
-        ArrowDown: [0, 0.06],
-      }[event.key];
-      if (!by) return;
-      event.preventDefault();
-      event.stopPropagation();
-      turn += by[0];
-      tilt = kd.clamp(tilt + by[1], 0.12, 1.45);
-      draw();
-    });
+    turnable(picture, view, draw);
     kd.onTheme(draw);
     changed();
     resize();
