@@ -1,30 +1,32 @@
-"""README.md: its tables are those of the records, its links exist, its code runs."""
+"""README.md: what it says of the records is so, its links exist, its code runs."""
 
 import re
 
-import pytest
-import readme_table
+from helpers import ROOT
 
+from kdbook.evaluation import paired_difference
+from kdbook.records.ladder import correct
+from kdbook.records.settings import rungs_of
 from kdbook.records.store import study_records
 
-README = readme_table.README.read_text(encoding="utf-8")
-ROOT = readme_table.README.parent
+README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 
-@pytest.fixture(scope="module")
-def tables():
-    "Made once, for they are read from all records."
-    return readme_table.tables()
+def gains(setting):
+    "Of every technique and of the student alone over plain KD."
+    known = [
+        m for m in rungs_of(setting, "techniques") if m not in ("hinton", "teacher")
+    ]
+    base = correct(setting, "hinton")
+    return {m: paired_difference(correct(setting, m), base) for m in known}
 
 
-def test_tables_are_fresh(tables):
-    fresh = readme_table.renewed(README, tables)
-    assert fresh == README, "run python tools/readme_table.py"
-
-
-def test_a_changed_table_is_noticed(tables):
-    changed = README.replace("plain KD |", "plain KD! |", 1)
-    assert readme_table.renewed(changed, tables) == README != changed
+def test_what_it_says_of_the_ladder():
+    same = gains("same-rows")
+    assert len(same) > 8 and all(gain.low < 0 < gain.high for gain in same.values())
+    halves = sorted(100 * gain.half_width for gain in same.values())
+    assert 1.75 < halves[len(halves) // 2] < 2.5  # "about two points to either side"
+    assert gains("few-labels")["alone"].high < -0.01
 
 
 def test_files_and_targets_exist():
