@@ -24,6 +24,13 @@ def test_site_builds(tmp_path_factory):
         assert not raw, f"{chapter.stem}: {raw.group(0)[:80]!r} is on the page as text"
 
 
+def test_pages_do_not_say_what_was_loaded(tmp_path_factory):
+    "But for the chapter that is about it."
+    pages = (built_site(tmp_path_factory) / "nbs").glob("*.html")
+    told = [p.stem for p in pages if "duplicates dropped" in p.read_text("utf-8")]
+    assert told == ["data"]
+
+
 def test_formulas_become_mathml():
     problems = []
     draw = lambda match: pages.mathml(match, "page", problems)

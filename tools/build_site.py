@@ -29,6 +29,7 @@ from pages import finish
 ROOT = Path(__file__).resolve().parent.parent
 # smalldocs says of each of these Quarto settings that it does not use it
 EXPECTED = ("execute.enabled", "ipynb-filters", "html-math-method")
+LOADED = re.compile(r"\w+: [\d,]+ read, [\d,]+ unclear and \d+ duplicates dropped")
 IMPORTS = (ast.Import, ast.ImportFrom)
 TO_INDEX = """<!doctype html>
 <html lang="en">
@@ -90,6 +91,21 @@ def folded(
             source = "".join(cell["source"])
             how = f'#| code-fold: true\n#| code-summary: "{word}"\n'
             cell["source"] = how + source
+    return nb
+
+
+def quiet(
+    nb: dict[str, Any],  # a chapter's copy
+) -> dict[str, Any]:
+    "The copy without what `load_task` says once in every process."
+    for cell in nb["cells"]:
+        for output in cell.get("outputs", []):
+            if output["output_type"] == "stream":
+                lines = "".join(output["text"]).splitlines(keepends=True)
+                output["text"] = [line for line in lines if not LOADED.match(line)]
+        if "outputs" in cell:
+            said = lambda output: output.get("text", True)
+            cell["outputs"] = [output for output in cell["outputs"] if said(output)]
     return nb
 
 
@@ -163,7 +179,8 @@ def prepare(nbs: Path, work: Path) -> None:
         path.write_text(json.dumps(for_filter(chapter)), encoding="utf-8")
         with contextlib.chdir(nbs):
             filled = nbdev_filter.__wrapped__(fname=path, printit=False)
-        nb = solutions(folded(without_title(json.loads(filled)), words))
+        nb = folded(without_title(json.loads(filled)), words)
+        nb = solutions(nb if path.stem == "data" else quiet(nb))
         path.write_text(json.dumps(nb), encoding="utf-8")
 
 
