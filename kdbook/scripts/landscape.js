@@ -350,9 +350,9 @@
       const here = way.length ? way[way.length - 1] : null;
       const student = here && kd.fixed(between(z, nx, ny, ...here), 2);
       facts.textContent =
-        `At \u03a6 = ${kd.fixed(slider.value, 2)} the objective has ` +
-        `${kd.fixed(least, 2)} to ${kd.fixed(Math.max(...z), 2)} on this plane` +
-        (here ? `; below the student of epoch ${k} it is ${student}.` : ".");
+        `\u03a6 = ${kd.fixed(slider.value, 2)}: the loss runs from ` +
+        `${kd.fixed(least, 2)} to ${kd.fixed(Math.max(...z), 2)} here` +
+        (here ? `; where epoch ${k} ends it is ${student}.` : ".");
       picture.setAttribute(
         "aria-label",
         `Loss surface. ${facts.textContent} ` + "Arrow keys turn it.",
