@@ -26,7 +26,14 @@ def test_what_it_says_of_the_ladder():
     assert len(same) > 8 and all(gain.low < 0 < gain.high for gain in same.values())
     halves = sorted(100 * gain.half_width for gain in same.values())
     assert 1.75 < halves[len(halves) // 2] < 2.5  # "about two points to either side"
-    assert gains("few-labels")["alone"].high < -0.01
+    few, digits = gains("few-labels"), gains("digits")
+    assert str(few["alone"]).startswith("-3.5 [-5.2, -1.9]")
+    assert few["annealing_kd"].high < 0
+    lighter = correct("few-labels", "weight_50")
+    for method in ("logit_mse", "universal_kd"):
+        gap = paired_difference(correct("few-labels", method), lighter)
+        assert gap.low < 0 < gap.high
+    assert all(digits[m].high < 0 for m in ("progressive_kd", "universal_kd", "swa"))
 
 
 def test_files_and_targets_exist():
