@@ -225,7 +225,7 @@ FLOORS = {
     " ".join(f"kdbook.{name}" for name in TECHNIQUES): "techniques",
     "kdbook.plots kdbook.widgets kdbook.figures": "pictures",
     "kdbook.records.settings kdbook.records.store kdbook.records.ladder": "records",
-    "kdbook.records.race kdbook.records.standings": "records",
+    "kdbook.records.race kdbook.records.standings kdbook.records.claims": "records",
     "kdbook.own_data kdbook.tokens kdbook.deliver kdbook.hf": "own",
     "kdbook.commands kdbook.compare": "own",
     "kdbook.benchmark kdbook.__main__": "doors",
@@ -263,6 +263,7 @@ PAIRS = {  # module -> what it may import besides
     "kronecker_bert": "training words kronecker",
     "records.ladder": "evaluation",
     "records.standings": "evaluation",
+    "records.claims": "evaluation",
     "data": "archives",
     "models": "archives",
     "distillation": "recipes",  # `live` is an objective

@@ -6,10 +6,14 @@ import numpy as np
 import pytest
 import race_pack
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from safetensors.torch import load_file
 
+from kdbook.evaluation import Difference
 from kdbook.files import results_dir, text_crc
 from kdbook.lab import race
+from kdbook.records.claims import judge, verdicts
 from kdbook.records.race import (
     COURSES,
     ENTRIES,
@@ -212,6 +216,50 @@ def test_too_few_sound_students_make_no_comparison(empty, monkeypatch):
         pretend("movies-400", "alone", 1e-4, "{}", seed, splits={"test": one})
     table = race_table("movies-400", "tfidf")
     assert table.loc["student alone", "test, %"] == "all collapsed"
+
+
+# what may be said of a paper's claim
+
+
+def test_a_claim_is_judged_when_all_seeds_have_been_run(empty, monkeypatch):
+    monkeypatch.setattr(
+        "kdbook.records.standings.labels_of", lambda *_: np.tile([0, 1], 500)
+    )
+    methods = {"alone": 0.6, "swa": 0.7, "hinton": 0.8}
+    for method in methods:
+        search("movies-400", method, lambda lr, _: -abs(np.log(lr / 1e-4)))
+
+    def report(seed):
+        for method, share in methods.items():
+            rng = np.random.default_rng([seed, len(method)])
+            labels, wrong = np.tile([0, 1], 500), rng.random(1000) > share
+            split = {"accuracy": share, "largest": 0.5}
+            split["predictions"] = race.pack(np.where(wrong, 1 - labels, labels))
+            lr, knobs = chosen("movies-400", method)
+            line = dict(splits={"test": split}, recipe={})
+            pretend("movies-400", method, lr, knobs_text(knobs), seed, **line)
+
+    told = lambda: {
+        v.base: (v.word, v.why)
+        for v in verdicts("swa")
+        if v.course == "movies-400" and v.base in methods
+    }
+    for seed in range(7):
+        report(seed)
+    assert told()["alone"] == ("not tried", "7 of 8 seeds have been run")
+    report(7)
+    assert (told()["alone"][0], told()["hinton"][0]) == ("seen", "contradicted")
+    assert told()["alone"][1].startswith("+10.") or told()["alone"][1].startswith("+9.")
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.floats(-5, 5), st.floats(0.01, 5), st.floats(0, 1), st.floats(0.1, 5))
+def test_a_verdict_says_no_more_than_its_interval(mean, half, p, effect):
+    gain = Difference(mean / 100, (mean - half) / 100, (mean + half) / 100, p)
+    word = judge(gain, p, effect)
+    assert (word in ("seen", "contradicted")) == (p < 0.05)
+    if word == "not seen":
+        assert half <= effect * (1 + 1e-9)
 
 
 # taken to another machine
