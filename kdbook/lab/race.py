@@ -367,7 +367,7 @@ def device_name(
         raise ValueError("device='cuda', but torch sees no GPU: take device='cpu'")
     return torch.cuda.get_device_name()
 
-
+# %% ../../nbs/lab_race.ipynb #49bace6f
 def run_one(
     course_name: str,  # a key of COURSES
     method: str,  # a key of ENTRIES
