@@ -56,6 +56,7 @@ def judge(
     return "not seen" if 100 * gain.half_width <= effect else "not tried"
 
 # %% ../../nbs/records_claims.ipynb #c2f875b5
+_MOVIES = "movies-400", "movies-2000", "movies-400-random", "movies-2000-random"
 CLAIMS: tuple[Claim, ...] = (
     Claim(
         "annealing_kd",
@@ -65,12 +66,7 @@ CLAIMS: tuple[Claim, ...] = (
         effect=0.71,
         effect_from="GLUE dev mean 84.56 against 83.85 (several metrics), "
         "DistilRoBERTa",
-        courses=(
-            "movies-400",
-            "movies-2000",
-            "movies-400-random",
-            "movies-2000-random",
-        ),
+        courses=_MOVIES,
         bases=("hinton",),
         needs="14 + 4 epochs with up to 7 temperatures, and two gaps: MPNet "
         "and MiniLM into the same student.",
@@ -83,12 +79,7 @@ CLAIMS: tuple[Claim, ...] = (
         effect=0.65,
         effect_from="GLUE dev mean 84.56 against 83.91 (several metrics), "
         "DistilRoBERTa",
-        courses=(
-            "movies-400",
-            "movies-2000",
-            "movies-400-random",
-            "movies-2000-random",
-        ),
+        courses=_MOVIES,
         bases=("takd",),
         needs="The same two methods at 14 + 4 epochs, and an assistant "
         "between the sizes of a wider gap.",
@@ -98,12 +89,7 @@ CLAIMS: tuple[Claim, ...] = (
         "What helps is that the targets sharpen from step to step "
         "while the student catches up.",
         source="paper",
-        courses=(
-            "movies-400",
-            "movies-2000",
-            "movies-400-random",
-            "movies-2000-random",
-        ),
+        courses=_MOVIES,
         bases=("logit_mse_labels", "constant_phi"),
         needs="14 + 4 epochs with up to 7 temperatures, against the same "
         "two controls across two gaps.",
@@ -151,12 +137,7 @@ CLAIMS += (
         effect=1.08,
         effect_from="GLUE dev mean 85.64 against 84.56 (several metrics), "
         "DistilRoBERTa",
-        courses=(
-            "movies-400",
-            "movies-2000",
-            "movies-400-random",
-            "movies-2000-random",
-        ),
+        courses=_MOVIES,
         bases=("annealing_kd",),
         needs="The same comparison at 30 epochs, with the printed schedule "
         "as well as ours.",
@@ -223,12 +204,7 @@ CLAIMS += (
         "progressive_kd",
         "Following a teacher through its own training is better than "
         "learning from the finished teacher only.",
-        courses=(
-            "movies-400",
-            "movies-2000",
-            "movies-400-random",
-            "movies-2000-random",
-        ),
+        courses=_MOVIES,
         bases=("logit_mse_labels",),
         needs="A trail of half epochs against the last checkpoint, the best "
         "by validation and the reversed trail, the annealed form "
@@ -250,12 +226,7 @@ CLAIMS += (
         "progressive_kd",
         "It does better than rival methods on images, on GLUE and in "
         "question answering.",
-        courses=(
-            "movies-400",
-            "movies-2000",
-            "movies-400-random",
-            "movies-2000-random",
-        ),
+        courses=_MOVIES,
         bases=("hinton", "takd", "annealing_kd"),
         needs="Images and question answering beside sentences, and the "
         "names of the paper's rivals, which we do not know.",
@@ -279,12 +250,7 @@ CLAIMS += (
         "universal_kd",
         "Answers of the teacher's layers help a student beyond plain KD.",
         source="inferred",
-        courses=(
-            "movies-400",
-            "movies-2000",
-            "movies-400-random",
-            "movies-2000-random",
-        ),
+        courses=_MOVIES,
         bases=("hinton", "logit_mse_labels"),
         needs="A student with at least three heads (ours have two or one), "
         "and the same two stages without the layer term.",
@@ -337,12 +303,7 @@ CLAIMS += (
         "reweighted_kd",
         "A weight for each sample, learned during training, is better "
         "than one fixed weight for all.",
-        courses=(
-            "movies-400",
-            "movies-2000",
-            "movies-400-random",
-            "movies-2000-random",
-        ),
+        courses=_MOVIES,
         bases=("hinton",),
         needs="Seven fixed weights at temperature 1, a meta set of 200 "
         "clean rows on which the others may train, and 0 and 30 % "
