@@ -571,7 +571,10 @@ def _verdict(
     effect = claim.effect or WORTH
     if (method, base) not in gains:
         done = min(_finished(course, method), _finished(course, base))
-        why = f"{done} of {COURSES[course].seeds} seeds have been run"
+        wanted = COURSES[course].seeds
+        why = f"{done} of {wanted} seeds have been run"
+        if done >= wanted:
+            why = "too many of the students gave one class only"
         return Verdict(claim, course, base, "not tried", why)
     gain = gains[method, base]
     word = judge(gain, p[method, base], effect)
