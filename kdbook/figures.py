@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['Moving', 'temperature_figure', 'schedules_figure', 'landscape_figure', 'annealing_landscape', 'pass_figure',
-           'walks_figure', 'attention_figure', 'gradients_figure', 'noise_figure', 'kronecker_figure', 'average_figure',
-           'pool_figure', 'gap_figure']
+           'walks_figure', 'twins_figure', 'attention_figure', 'gradients_figure', 'noise_figure', 'kronecker_figure',
+           'average_figure', 'pool_figure', 'gap_figure']
 
 # %% ../nbs/figures.ipynb #2a1c68e1
 import base64
@@ -62,7 +62,7 @@ class Moving:
     and for a figure that nobody describes."""
 
     KINDS = ("temperature", "schedules", "landscape", "attention", "gradients")
-    KINDS += ("noise", "kronecker", "average", "pool", "gap", "pass", "walks")
+    KINDS += ("noise", "kronecker", "average", "pool", "gap", "pass", "walks", "twins")
     # scripts of other kinds that a kind uses
     BEFORE = {"pass": ("landscape",), "walks": ("landscape",)}
 
@@ -354,6 +354,41 @@ def walks_figure(
     data |= {"paths": paths, "says": [list(each) for each in says]}
     data |= {"epoch": epoch, "turn": turn}
     return Moving("walks", data, _panels(names, xs, ys, nows, walked), words, caption)
+
+# %% ../nbs/figures.ipynb #f9e80578
+def twins_figure(
+    factors: Sequence[float],  # of the first layer of the twins, rising
+    raw: tuple[Any, Any, Any],  # xs, losses of the net, (factors, xs) of its twins
+    scaled: tuple[Any, Any, Any],  # the same with noise in proportion to the weights
+    start: str = "raw",  # which is shown first, or "scaled"
+    caption: str = "",  # what the reader should see
+) -> Moving:
+    """Losses of a net and its twins by size of noise, raw or scaled to the weights.
+
+    Raises `ValueError` for losses of another shape, and for losses that are not
+    positive."""
+    one_of(("raw", "scaled"), start=start)
+    data: dict[str, Any] = {"factors": list(factors), "start": start}
+    for name, parts in (("raw", raw), ("scaled", scaled)):
+        xs, net, twins = (np.asarray(part, float) for part in parts)
+        if net.shape != xs.shape or twins.shape != (len(factors), len(xs)):
+            raise ValueError(
+                f"{name}: losses {net.shape} and {twins.shape} for {len(xs)} sizes of "
+                f"noise and {len(factors)} factors"
+            )
+        if min(net.min(), twins.min()) <= 0:
+            raise ValueError(f"{name}: a loss of {min(net.min(), twins.min()):g}")
+        data[name] = {"xs": xs, "net": net, "twins": twins}
+    shown = data[start]
+    with style():
+        still, ax = plt.subplots(figsize=(6, 3.2))
+        ax.semilogy(shown["xs"], shown["net"], lw=4, label="the net")
+        ax.semilogy(shown["xs"], shown["twins"][-1], "--", label="its twin")
+        ax.set(xlabel="noise", ylabel="loss")
+        ax.legend()
+    words = f"Loss by noise: at the edge {shown['net'][-1]:.2f} for the net, "
+    words += f"{shown['twins'][-1][-1]:.2f} for its twin"
+    return Moving("twins", data, still, words, caption)
 
 # %% ../nbs/figures.ipynb #84c72a0c
 def _bars(names: Sequence[str], values: Any, ylabel: str) -> Figure:

@@ -29,6 +29,7 @@ from kdbook.figures import (
     pool_figure,
     schedules_figure,
     temperature_figure,
+    twins_figure,
     walks_figure,
 )
 from kdbook.glitter import select_worst
@@ -198,6 +199,11 @@ def figures():
         "gap": gap_figure(),
         "pass": pass_figure(
             range(5), range(4), weight[:4, :5] ** 2, [[1, 1], [3, 2]], ["a", "b"]
+        ),
+        "twins": twins_figure(
+            [1, 3],
+            ([-1, 0, 1], [2, 1, 3], [[2, 1, 3], [9, 1, 8]]),
+            ([-1, 0, 1], [2, 1, 2], [[2, 1, 2], [2, 1, 2.5]]),
         ),
         "walks": walks_figure(
             ["a", "b"],
