@@ -20,10 +20,7 @@ ECHO = re.compile(r"^#\|\s*echo:\s*false", re.M)
 CHECKS = re.compile(r"^(test_\w+|expect_fail|assert_close|assert_equal|check_\w+)$")
 DRAWS = re.compile(r"\b(plt|ax|axes|fig|left|right)\.\w+|\bstyle\(\)")
 HIDDEN = {"jupyter": {"source_hidden": True}, "cellView": "form"}
-UNSEEN = {
-    "jupyter": {"source_hidden": True, "outputs_hidden": True},
-    "cellView": "form",
-}
+UNSEEN = HIDDEN | {"jupyter": HIDDEN["jupyter"] | {"outputs_hidden": True}}
 KEPT = [*HIDDEN, "tags"]  # metadata of a cell that nbdev_clean leaves
 SPOILER = re.compile(r"\A<details><summary>.*?</summary>\n\n(.*)\n\n</details>\Z", re.S)
 

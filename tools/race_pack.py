@@ -109,10 +109,9 @@ def race(args: argparse.Namespace) -> None:
     "Run what is missing, and copy the files with new lines to `--out`."
     from kdbook.files import results_dir
     from kdbook.lab.race import run_race
-    from kdbook.records.race import COURSES, FLOORS
-    from kdbook.records.race import ENTRIES as entries
+    from kdbook.records.race import COURSES, ENTRIES, FLOORS
 
-    methods = tuple(args.method or (m for m in entries if m not in FLOORS))
+    methods = tuple(args.method or (m for m in ENTRIES if m not in FLOORS))
     courses = tuple(args.course or COURSES)
     args.out.mkdir(parents=True, exist_ok=True)
     try:
@@ -146,7 +145,7 @@ def merge(folder: Path) -> int:
         for _, record in lines:
             if key(record) in have:
                 continue
-            if record["device"] == "cpu" and "recipe" in record:
+            if record.get("device", "cpu") == "cpu" and "recipe" in record:
                 raise ValueError(f"{file} has students of a CPU: a trial, not a record")
             append_record(here, record, about)
             added += 1

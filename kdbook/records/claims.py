@@ -533,9 +533,9 @@ class Verdict:
         return f"{self.word} here ({where}): {self.why}"
 
 
-def _finished(course: str, method: str) -> int:
-    "How many of the seeds of a method have been reported."
-    return len(reported(course, method))
+def _seeds_run(course: str, *methods: str) -> int:
+    "How many seeds have been reported of the method that has the fewest."
+    return min(len(reported(course, method)) for method in methods)
 
 
 def _tests(course: str) -> Iterator[tuple[str, str]]:
@@ -545,7 +545,7 @@ def _tests(course: str) -> Iterator[tuple[str, str]]:
     }
     wanted = COURSES[course].seeds
     for method, base in sorted(pairs):
-        if min(_finished(course, method), _finished(course, base)) >= wanted:
+        if _seeds_run(course, method, base) >= wanted:
             yield method, base
 
 # %% ../../nbs/records_claims.ipynb #121402d3
@@ -560,24 +560,20 @@ def verdicts(
         p = dict(zip(gains, holm(gain.p for gain in gains.values())))
         for claim in CLAIMS:
             if course in claim.courses and technique in ("", claim.technique):
-                pairs = [(claim.technique, base) for base in claim.bases]
-                found += [_verdict(claim, course, *x, gains, p) for x in pairs]
+                found += [_verdict(claim, course, b, gains, p) for b in claim.bases]
     return found
 
 # %% ../../nbs/records_claims.ipynb #83fc7c31
-def _verdict(
-    claim: Claim, course: str, method: str, base: str, gains: dict, p: dict
-) -> Verdict:
-    effect = claim.effect or WORTH
-    if (method, base) not in gains:
-        done = min(_finished(course, method), _finished(course, base))
-        wanted = COURSES[course].seeds
+def _verdict(claim: Claim, course: str, base: str, gains: dict, p: dict) -> Verdict:
+    pair = (claim.technique, base)
+    if pair not in gains:
+        done, wanted = _seeds_run(course, *pair), COURSES[course].seeds
         why = f"{done} of {wanted} seeds have been run"
         if done >= wanted:
             why = "too many of the students gave one class only"
         return Verdict(claim, course, base, "not tried", why)
-    gain = gains[method, base]
-    word = judge(gain, p[method, base], effect)
+    gain, effect = gains[pair], claim.effect or WORTH
+    word = judge(gain, p[pair], effect)
     why = str(gain)
     if word == "not seen":
         why += f"; an effect of {100 * gain.half_width:.1f} would have been"
